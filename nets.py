@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: MIT
+"""Networks and losses as functions of one flat parameter vector.
+
+Axes: T tasks, n examples of one task, P parameters. Data is x [T, n, ...]; theta is [P], shared by
+all tasks, or [T, P]. The dtype of theta, float32 or float64, is the dtype of everything.
+
+Everything is written twice. `apply` and `value` are the definition, on autograd.numpy. `forward`
+and `expand` are its closed form in plain NumPy: a chain of four passes, each returning its result
+and the next pass, a closure over what has been computed so far. For a layer out = f(w, x) they are
+
+    out, backward   = forward(w, x)
+    below, tangent  = backward(u, g)     u = dL/d out;  below = dL/d x, and dL/d w is written into g
+    d_out, finish   = tangent(v, dx)     the change of out as w moves along v and x along dx
+    d_below         = finish(du, h)      the change of below, and that of dL/d w is written into h
+
+What the last pass writes, for v in parameter space, is the Hessian-vector product H v: forward over
+reverse, at the cost of two gradients and with no pass repeated.
+"""
+
+import autograd.numpy as anp
+import numpy as np
+from autograd.extend import defvjp, primitive
+
+# glibc returns freed memory above its thresholds to the system, and page faults then take a fifth of
+# a gradient's time; it raises the thresholds to the largest block (up to 32 MB) that it sees freed.
+np.empty((32 << 20) - (1 << 16), np.uint8)
+
+
+# The network -----------------------------------------------------------------------------------
+
+
+class Network:
+    """f_theta(x): a chain of layers as a function of one flat theta.
+
+    shapes   {name: shape} in the order of theta, each array row-major
+    size     P, the number of parameters
+    inputs   the shape of one example; outputs, that of its output
+    """
+
+    def __init__(self, layers, inputs, outputs):
+        self.layers, self.inputs, self.outputs = layers, inputs, outputs
+        self.shapes = {name: shape for layer in layers for name, shape in layer.shapes.items()}
+        self.sizes = [int(np.prod(layer.view)) for layer in layers]
+        self.size = sum(self.sizes)
+
+    def init(self, rng):
+        """theta [P], float64, drawn as each layer says; cast it to train in float32."""
+        return np.concatenate([layer.init(rng) for layer in self.layers])
+
+    def unflatten(self, theta):
+        """theta [P] or [T, P] -> {name: array [..., *shape]}, views of theta; autograd can trace it."""
+        arrays, start = {}, 0
+        for name, shape in self.shapes.items():
+            stop = start + int(np.prod(shape))
+            arrays[name] = anp.reshape(theta[..., start:stop], theta.shape[:-1] + shape)
+            start = stop
+        return arrays
+
+    def apply(self, theta, x):
+        """f_theta(x), the definition: x [T, n, *inputs] -> [T, n, *outputs]."""
+        x = self._checked(theta, x)
+        arrays = self.unflatten(theta)
+        for layer in self.layers:
+            x = layer.apply(x, *[arrays[name] for name in layer.shapes])
+        return x
+
+    def forward(self, theta, x):
+        """Equals `apply`, and is the first of the four passes: -> outputs, backward.
+
+        backward(u)     u [T, n, *outputs] -> Jᵀu [T, P], tangent
+        tangent(v)      v [T, P] -> J v [T, n, *outputs], finish
+        finish(du, h)   -> h = Jᵀdu + (dJ)ᵀu, [T, P], or its sum over tasks where h is [P]
+        """
+        x = self._checked(theta, x)
+        tasks, backwards, tangents = len(x), [], []
+        for layer, w in zip(self.layers, self._views(theta)):
+            x, back = layer.forward(w, x)
+            backwards.append(back)
+
+        def backward(u):
+            gradient = np.empty((tasks, self.size), theta.dtype)
+            for back, g in zip(reversed(backwards), reversed(self._views(gradient))):
+                u, forth = back(u, g)
+                tangents.append(forth)
+            return gradient, tangent
+
+        def tangent(v):
+            dx, finishes = None, []
+            for forth, w in zip(reversed(tangents), self._views(v)):
+                dx, back = forth(w, dx)
+                finishes.append(back)
+
+            def finish(du, h):
+                for back, part in zip(reversed(finishes), reversed(self._views(h))):
+                    du = back(du, part)
+                return h
+
+            return dx, finish
+
+        return x, backward
+
+    def _views(self, theta):
+        """theta [P] or [T, P] -> the parameters of each layer as its closed form wants them."""
+        views, start = [], 0
+        for layer, size in zip(self.layers, self.sizes):
+            views.append(theta[..., start : start + size].reshape(theta.shape[:-1] + layer.view))
+            start += size
+        return views
+
+    def _checked(self, theta, x):
+        if theta.ndim not in (1, 2) or theta.shape[-1] != self.size:
+            raise ValueError(f"theta has shape {theta.shape}; expected ({self.size},) or (tasks, {self.size})")
+        if x.ndim < 3 or np.prod(x.shape[2:]) != np.prod(self.inputs):
+            raise ValueError(f"x has shape {x.shape}; expected (tasks, examples, *{self.inputs})")
+        if theta.ndim == 2 and len(theta) != len(x):
+            raise ValueError(f"theta has shape {theta.shape} and x {x.shape}: different numbers of tasks")
+        if theta.dtype.kind != "f" or x.dtype != theta.dtype:
+            raise ValueError(f"x is {x.dtype} and theta {theta.dtype}; expected the same floating-point dtype")
+        return x.reshape(x.shape[:2] + self.inputs)
+
+
+def mlp(sizes, normalize=False):
+    """Multi-layer perceptron, sizes = (inputs, hidden, ..., outputs), ReLU after each hidden layer.
+
+    theta is w1 b1 w2 b2 ...; with `normalize` (batch norm before each ReLU) w1 beta1 ... w b. Weights
+    start as the authors': a normal of deviation 0.01 cut at two deviations; the rest zero.
+    """
+    layers, last = [], len(sizes) - 1
+    for i in range(1, last):
+        bias = () if normalize else (f"b{i}",)
+        layers += [Dense(sizes[i - 1], sizes[i], (f"w{i}", *bias), first=i == 1)]
+        layers += [BatchNorm(sizes[i], f"beta{i}"), Relu()] if normalize else [Relu()]
+    layers += [Dense(sizes[-2], sizes[-1], (f"w{last}", f"b{last}"), first=last == 1)]
+    return Network(layers, (sizes[0],), (sizes[-1],))
+
+
+def truncated_normal(rng, std, shape):
+    """Draws of N(0, std²), those beyond 2 std drawn again (so their deviation is 0.88 std)."""
+    draws = rng.normal(size=shape)
+    while (far := np.abs(draws) > 2).any():
+        draws[far] = rng.normal(size=far.sum())
+    return std * draws
+
+
+# Layers ----------------------------------------------------------------------------------------
+# The parameters of a layer are consecutive in theta, so that its closed form sees them as one array
+# of shape `view`, without a copy. A weight is [in, out], shared, or [T, in, out].
+
+
+def _times(a, w):
+    """a w: a [T, m, in] -> [T, m, out]; a shared w takes one product for all tasks."""
+    if a.shape[-1] == 1:
+        return a * w
+    if w.ndim == 3:
+        return a @ w
+    return (a.reshape(-1, a.shape[-1]) @ w).reshape(*a.shape[:-1], w.shape[-1])
+
+
+def _transposed_times(a, u, out):
+    """aᵀ u: a [T, m, in], u [T, m, out] -> [T, in, out], or its sum over tasks where out is [in, out]."""
+    if out.ndim == 3:
+        return np.matmul(a.swapaxes(1, 2), u, out=out)
+    out[...] = (u.reshape(-1, u.shape[-1]).T @ a.reshape(-1, a.shape[-1])).T
+    return out
+
+
+def _append(x, constant):
+    """[x, constant]: a column more."""
+    a = np.empty((*x.shape[:-1], x.shape[-1] + 1), x.dtype)
+    a[..., :-1] = x
+    a[..., -1] = constant
+    return a
+
+
+class Dense:
+    """out = x w + b; in closed form out = [x, 1] [w; b], so that biases need no code of their own.
+
+    x [T, n, inputs]; names (w, b), or (w,) for no bias. `first` marks the layer that reads the data: it
+    takes no gradient of x.
+    """
+
+    def __init__(self, inputs, outputs, names, std=0.01, first=False):
+        self.bias, self.std, self.first = len(names) == 2, std, first
+        self.shapes = dict(zip(names, [(inputs, outputs), (outputs,)]))
+        self.view = (inputs + self.bias, outputs)
+
+    def init(self, rng):
+        w, *b = self.shapes.values()
+        return np.concatenate([truncated_normal(rng, self.std, w).ravel(), *map(np.zeros, b)])
+
+    def apply(self, x, w, b=None):
+        out = anp.matmul(x, w)
+        return out + b[..., None, :] if self.bias else out
+
+    def forward(self, w, x):
+        inputs = x.shape[-1]
+        a = _append(x, 1) if self.bias else x
+        wt = w.swapaxes(-1, -2)[..., :inputs]
+
+        def backward(u, g):
+            _transposed_times(a, u, g)
+
+            def tangent(v, dx):
+                d_out = _times(a, v)
+                if not self.first:
+                    d_out += _times(dx, w[..., :inputs, :])
+
+                def finish(du, h):
+                    _transposed_times(a, du, h)
+                    if self.first:
+                        return None
+                    part = h[..., :inputs, :]
+                    part += _transposed_times(dx, u, np.empty_like(part))
+                    below = _times(du, wt)
+                    below += _times(u, v.swapaxes(-1, -2)[..., :inputs])
+                    return below
+
+                return d_out, finish
+
+            return None if self.first else _times(u, wt), tangent
+
+        return _times(a, w), backward
+
+
+class Relu:
+    """out = max(x, 0). Piecewise linear, so that every pass multiplies by the mask x > 0."""
+
+    shapes, view = {}, (0,)
+
+    def init(self, rng):
+        return np.zeros(0)
+
+    def apply(self, x):
+        return anp.maximum(x, 0)
+
+    def forward(self, _, x):
+        mask = (x > 0).astype(x.dtype)
+
+        def tangent(_, dx):
+            return dx * mask, lambda du, _: du * mask
+
+        return x * mask, lambda u, _: (u * mask, tangent)
+
+
+class BatchNorm:
+    """out = z + beta, z = (x - mean x) / sqrt(var x + 0.001), with the statistics of the given set.
+
+    x [T, ..., channels]; mean and (biased) variance of each channel over all the other axes of a task's
+    set, in training and at test alike; a shift and no scale (reference: the authors' code). With
+    s = sqrt(var x + 0.001), dz = B(dx) where B(u) = (u - mean u - z mean(u z)) / s, and B is symmetric.
+    """
+
+    def __init__(self, channels, name):
+        self.shapes, self.view = {name: (channels,)}, (channels,)
+
+    def init(self, rng):
+        return np.zeros(self.view)
+
+    def apply(self, x, beta):
+        axes = tuple(range(1, x.ndim - 1))
+        centred = x - anp.mean(x, axis=axes, keepdims=True)
+        z = centred / anp.sqrt(anp.mean(centred**2, axis=axes, keepdims=True) + 0.001)
+        return z + anp.reshape(beta, beta.shape[:-1] + (1,) * len(axes) + beta.shape[-1:])
+
+    def forward(self, beta, x):
+        shape = x.shape
+        x = x.reshape(shape[0], -1, shape[-1])
+        centred = x - _mean(x)
+        s = np.sqrt(_mean(centred * centred) + x.dtype.type(0.001))
+        z = centred / s
+
+        def backward(u, g):
+            u = u.reshape(z.shape)
+            g[...] = u.sum(axis=1)
+            p = _mean(u * z)
+            below = (u - _mean(u) - z * p) / s
+
+            def tangent(v, dx):
+                dx = dx.reshape(z.shape)
+                ds = _mean(dx * z)
+                dz = (dx - _mean(dx) - z * ds) / s
+
+                def finish(du, h):
+                    du = du.reshape(z.shape)
+                    h[...] = du.sum(axis=1) if h.ndim == 2 else du.sum(axis=(0, 1))
+                    dp = _mean(du * z) + _mean(u * dz)
+                    return ((du - _mean(du) - dz * p - z * dp - below * ds) / s).reshape(shape)
+
+                return (dz + v[:, None]).reshape(shape), finish
+
+            return below.reshape(shape), tangent
+
+        return (z + beta[..., None, :]).reshape(shape), backward
+
+
+def _mean(x):
+    return x.mean(axis=1, keepdims=True)
+
+
+# Losses ----------------------------------------------------------------------------------------
+# An output loss maps outputs and targets, [T, n, ...] both, to a number per task: `value` by definition;
+# `expand` its value, its derivative u by out, and the derivative of u along a change of out.
+
+
+class SquaredError:
+    """L = mean over examples and outputs of (out - y)²."""
+
+    def value(self, out, y):
+        return anp.mean((out - y) ** 2, axis=tuple(range(1, y.ndim)))
+
+    def expand(self, out, y):
+        residual = (out - y).reshape(len(y), -1)
+        scale = 2 / residual.shape[1]
+        u = scale * residual
+        return np.vecdot(u, residual) / 2, u.reshape(y.shape), lambda d_out: scale * d_out
+
+
+class CrossEntropy:
+    """L = mean over examples of -Σ_c y_c log softmax(out)_c, y one-hot [T, n, ways]; du = p (d_out - p·d_out) / n."""
+
+    def value(self, out, y):
+        top = anp.max(out, axis=-1, keepdims=True)
+        logs = out - top - anp.log(anp.sum(anp.exp(out - top), axis=-1, keepdims=True))
+        return -anp.mean(anp.sum(y * logs, axis=-1), axis=1)
+
+    def expand(self, out, y):
+        n = y.shape[1]
+        logs = out - out.max(axis=-1, keepdims=True)
+        p = np.exp(logs)
+        total = p.sum(axis=-1, keepdims=True)
+        logs -= np.log(total)
+        p /= total
+
+        def second(d_out):
+            return p * (d_out - np.vecdot(p, d_out)[..., None]) / n
+
+        return -np.vecdot(y, logs).mean(axis=1), (p - y) / n, second
+
+
+class Loss:
+    """loss(theta, x, y) -> [T]: an output loss on a network's outputs, and its closed forms.
+
+    theta [P] or [T, P]; x [T, n, *inputs]; y [T, n, *outputs]; all of one dtype, else ValueError. Calling
+    it is the definition, which autograd can trace; `expand`, `grad` and `hvp` are plain NumPy.
+    """
+
+    def __init__(self, network, output):
+        self.network, self.output = network, output
+
+    def __call__(self, theta, x, y):
+        return self.output.value(*_matching(self.network.apply(theta, x), y))
+
+    def expand(self, theta, x, y):
+        """L(theta + v) = value + g·v + v·H v / 2 + ...: -> value [T], g [T, P], v ↦ H v.
+
+        v is [T, P] and so is H v, or [P], summed over tasks, with hvp(v, total=True). The Hessian-vector
+        product keeps the activations of this call and costs about two gradients.
+        """
+        out, backward = self.network.forward(theta, x)
+        value, u, second = self.output.expand(*_matching(out, y))
+        gradient, tangent = backward(u)
+
+        def hvp(v, total=False):
+            if v.shape != gradient.shape:
+                raise ValueError(f"v has shape {v.shape}; expected that of the gradient, {gradient.shape}")
+            d_out, finish = tangent(v)
+            return finish(second(d_out), np.empty(v.shape[1:] if total else v.shape, v.dtype))
+
+        return value, gradient, hvp
+
+    def grad_and_hvp(self, theta, x, y):
+        """∇L [T, P] and v [T, P] ↦ H v [T, P], a closure over the gradient's passes."""
+        return self.expand(theta, x, y)[1:]
+
+    def grad(self, theta, x, y):
+        """∇L [T, P]. Autograd may differentiate it once more by theta: it then calls `hvp`."""
+        return _grad(self, theta, x, y)
+
+    def hvp(self, theta, x, y, v):
+        """H v [T, P] for v [T, P]."""
+        return self.expand(theta, x, y)[2](v)
+
+
+@primitive
+def _grad(loss, theta, x, y):
+    return loss.expand(theta, x, y)[1]
+
+
+defvjp(
+    _grad,
+    lambda g, loss, theta, x, y: lambda v: loss.expand(theta, x, y)[2](v, total=theta.ndim == 1),
+    argnums=(1,),
+)
+
+
+def mean_squared_error(network):
+    """L = mean over a task's examples of |f_theta(x) - y|² (a mean, so that alpha means the same for any n)."""
+    return Loss(network, SquaredError())
+
+
+def cross_entropy(network):
+    """L = mean over a task's examples of -log softmax(f_theta(x)) at the class that y [T, n, ways] marks."""
+    return Loss(network, CrossEntropy())
+
+
+def _matching(out, y):
+    if y.shape != out.shape or y.dtype != out.dtype:
+        raise ValueError(f"y is {y.dtype} {y.shape}; expected {out.dtype} {out.shape}, as the outputs")
+    return out, y
