@@ -43,9 +43,9 @@ class Network:
         self.sizes = [int(np.prod(layer.view)) for layer in layers]
         self.size = sum(self.sizes)
 
-    def init(self, rng):
-        """theta [P], float64, drawn as each layer says; cast it to train in float32."""
-        return np.concatenate([layer.init(rng) for layer in self.layers])
+    def init(self, rng, dtype=np.float32):
+        """theta [P] at the start of training, drawn as each layer says."""
+        return np.concatenate([layer.init(rng) for layer in self.layers]).astype(dtype)
 
     def unflatten(self, theta):
         """theta [P] or [T, P] -> {name: array [..., *shape]}, views of theta; autograd can trace it."""
@@ -109,13 +109,17 @@ class Network:
 
     def _checked(self, theta, x):
         if theta.ndim not in (1, 2) or theta.shape[-1] != self.size:
-            raise ValueError(f"theta has shape {theta.shape}; expected ({self.size},) or (tasks, {self.size})")
+            raise ValueError(
+                f"theta has shape {theta.shape}; expected ({self.size},) or (tasks, {self.size})"
+            )
         if x.ndim < 3 or np.prod(x.shape[2:]) != np.prod(self.inputs):
             raise ValueError(f"x has shape {x.shape}; expected (tasks, examples, *{self.inputs})")
         if theta.ndim == 2 and len(theta) != len(x):
             raise ValueError(f"theta has shape {theta.shape} and x {x.shape}: different numbers of tasks")
         if theta.dtype.kind != "f" or x.dtype != theta.dtype:
-            raise ValueError(f"x is {x.dtype} and theta {theta.dtype}; expected the same floating-point dtype")
+            raise ValueError(
+                f"x is {x.dtype} and theta {theta.dtype}; expected the same floating-point dtype"
+            )
         return x.reshape(x.shape[:2] + self.inputs)
 
 
@@ -316,7 +320,10 @@ class SquaredError:
 
 
 class CrossEntropy:
-    """L = mean over examples of -Σ_c y_c log softmax(out)_c, y one-hot [T, n, ways]; du = p (d_out - p·d_out) / n."""
+    """L = mean over examples of -Σ_c y_c log p_c, p = softmax(out), y one-hot [T, n, ways].
+
+    dL/d out = (p - y) / n, and along d_out it changes by p (d_out - p·d_out) / n.
+    """
 
     def value(self, out, y):
         top = anp.max(out, axis=-1, keepdims=True)
@@ -394,7 +401,7 @@ defvjp(
 
 
 def mean_squared_error(network):
-    """L = mean over a task's examples of |f_theta(x) - y|² (a mean, so that alpha means the same for any n)."""
+    """L = mean over examples and outputs of (f_theta(x) - y)²; a mean, so alpha means the same for any n."""
     return Loss(network, SquaredError())
 
 

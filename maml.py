@@ -1,0 +1,858 @@
+# SPDX-License-Identifier: MIT
+"""Model-Agnostic Meta-Learning (Finn, Abbeel & Levine, ICML 2017; arXiv 1703.03400).
+
+Axes: T tasks, P parameters. theta is [P], shared by all tasks, or [T, P]. A data set is a pair (x, y)
+with the tasks in front, [T, examples, ...]. A loss is a callable loss(theta, x, y) -> [T], written with
+autograd.numpy for theta [T, P]. Where it carries closed forms (`expand` as in nets.py, or `grad` and
+`hvp`) they are used; else autograd supplies them. The dtype of theta decides the dtype of everything.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import signal
+import sys
+import time
+import zipfile
+from functools import partial
+from typing import NamedTuple
+
+import autograd.numpy as anp
+import numpy as np
+from autograd import grad, make_vjp, value_and_grad
+
+import nets
+import tasks
+
+# The algorithm: its definition -----------------------------------------------------------------
+
+
+def adapt(loss, theta, support, alpha, steps):
+    """theta_{s+1} = theta_s - alpha ∇L(theta_s; support), s = 0 ... steps - 1: eq. (1), from theta_0 = theta.
+
+    theta [P] or [T, P]; alpha a number or an array [P] -> theta_steps [T, P]. Autograd can trace it.
+    """
+    alpha = _checked(theta, support, alpha, steps)
+    for _ in range(steps):
+        theta = theta - alpha * gradient(loss, theta, *support)
+    return _per_task(theta, support[0])
+
+
+def meta_loss(loss, theta, support, query, alpha, steps):
+    """mean over tasks of L(adapt(theta, support); query): the objective of eq. (2)-(3), over T."""
+    return anp.mean(loss(adapt(loss, theta, support, alpha, steps), *query))
+
+
+def meta_gradient_by_definition(loss, theta, support, query, alpha, steps):
+    """∇_theta of `meta_loss`, eq. (4), by autograd through the unrolled inner steps: -> value, [P].
+
+    The reference for everything below: it calls the loss alone, none of its closed forms. Its graph
+    keeps every intermediate result of every step.
+    """
+    return value_and_grad(
+        lambda theta: meta_loss(lambda *data: loss(*data), theta, support, query, alpha, steps)
+    )(theta)
+
+
+# The algorithm: the recursion ------------------------------------------------------------------
+
+
+def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
+    """Equals `meta_gradient_by_definition`: -> value, gradient [P], both means over tasks.
+
+    By the chain rule through theta_{s+1} = theta_s - alpha ⊙ ∇L(theta_s), with H_s the Hessian of the
+    support loss at theta_s,
+
+        v_S = ∇L(theta_S; query),    v_s = v_{s+1} - H_s (alpha ⊙ v_{s+1}),    gradient = v_0.
+
+    theta [P]; alpha a number or [P]. order=1 drops every H (first-order MAML). Costs steps + 1 gradients
+    and `steps` Hessian-vector products, and keeps of a step only what its product reads.
+    """
+    alpha = _checked(theta, support, alpha, steps)
+    theta, trail = unroll(loss, theta, support, alpha, steps)
+    value, v, _ = expand(loss, theta, *query)
+    if order == 1 or not trail:
+        return value.mean(), v.mean(axis=0)
+    for _, hvp in trail[:0:-1]:
+        v = v - hvp(alpha * v)
+    _, hvp = trail[0]
+    return value.mean(), (v.sum(axis=0) - hvp(alpha * v, total=True)) / len(v)
+
+
+def unroll(loss, theta, support, alpha, steps):
+    """The steps of `adapt`: -> theta_S [T, P] and, of each step, (∇L(theta_s) [T, P], v ↦ H_s v)."""
+    trail = []
+    for _ in range(steps):
+        _, g, hvp = expand(loss, theta, *support)
+        theta = theta - alpha * g
+        trail.append((g, hvp))
+    return theta, trail
+
+
+def expand(loss, theta, x, y):
+    """L(theta + v) = value + g·v + v·H v / 2 + ..., per task: -> value [T], g [T, P], v ↦ H v.
+
+    The product takes v [T, P] to [T, P], or with total=True to its sum over tasks, [P].
+    """
+    if hasattr(loss, "expand"):
+        return loss.expand(theta, x, y)
+    theta = _per_task(theta, x)
+    if hasattr(loss, "hvp"):
+        g, hvp = loss.grad(theta, x, y), partial(loss.hvp, theta, x, y)
+    else:
+        hvp, g = make_vjp(lambda theta: gradient(loss, theta, x, y))(theta)
+    return loss(theta, x, y), g, lambda v, total=False: hvp(v).sum(axis=0) if total else hvp(v)
+
+
+def gradient(loss, theta, x, y):
+    """∇L [T, P]: loss.grad, or autograd's (one task's loss does not depend on another's parameters)."""
+    if hasattr(loss, "grad"):
+        return loss.grad(theta, x, y)
+    return grad(lambda theta: anp.sum(_one_each(loss(theta, x, y), x)))(_per_task(theta, x))
+
+
+# The family: the same lines, read differently --------------------------------------------------
+
+
+def meta_sgd_gradient(loss, theta_alpha, support, query, steps):
+    """Meta-SGD (Li et al. 2017): alpha [P] is learned with theta; ∂/∂alpha = -Σ_s v_{s+1} ⊙ ∇L(theta_s).
+
+    theta_alpha = [theta, alpha], [2P] -> value, gradient [2P], means over tasks.
+    """
+    theta, alpha = np.split(theta_alpha, 2)
+    theta, trail = unroll(loss, theta, support, alpha, steps)
+    value, v, _ = expand(loss, theta, *query)
+    d_alpha = np.zeros_like(v)
+    for g, hvp in reversed(trail):
+        d_alpha -= v * g
+        v = v - hvp(alpha * v)
+    return value.mean(), np.concatenate([v.mean(axis=0), d_alpha.mean(axis=0)])
+
+
+def reptile_gradient(loss, theta, support, query, alpha, steps):
+    """Reptile (Nichol et al. 2018): the outer direction is theta - theta_S -> query loss at theta_S, [P].
+
+    It needs no query set, so the inner steps see the examples of both. One step is joint training.
+    """
+    both = [np.concatenate(pair, axis=1) for pair in zip(support, query)]
+    adapted = adapt(loss, theta, both, alpha, steps)
+    return loss(adapted, *query).mean(), theta - adapted.mean(axis=0)
+
+
+def joint_gradient(loss, theta, support, query):
+    """Pretraining on all tasks, the paper's baseline: ∇L(theta; support), as MAML with no inner step."""
+    return meta_gradient(loss, theta, support, support, 0.0, 0)
+
+
+def _checked(theta, support, alpha, steps):
+    """alpha as a Python number or an array of theta's dtype; ValueError where the arguments do not fit."""
+    x, y = support
+    if theta.ndim not in (1, 2) or theta.dtype.kind != "f":
+        raise ValueError(f"theta is {theta.dtype} {theta.shape}; expected floats, [P] or [tasks, P]")
+    if len(x) != len(y) or theta.ndim == 2 and len(theta) != len(x):
+        raise ValueError(f"theta {theta.shape}, x {x.shape}, y {y.shape}: different numbers of tasks")
+    if steps != int(steps) or steps < 0:
+        raise ValueError(f"steps = {steps}; expected an integer, 0 or more")
+    if anp.ndim(alpha) == 0:
+        return float(alpha) if isinstance(alpha, (int, float, np.generic, np.ndarray)) else alpha
+    if alpha.shape != theta.shape[-1:] or alpha.dtype != theta.dtype:
+        raise ValueError(
+            f"alpha is {alpha.dtype} {alpha.shape}; expected {theta.dtype} {theta.shape[-1:]} or a number"
+        )
+    return alpha
+
+
+def _per_task(theta, x):
+    """theta [T, P], repeated from [P] if need be."""
+    return theta if theta.ndim == 2 else theta + anp.zeros((len(x), 1), theta.dtype)
+
+
+def _one_each(values, x):
+    if values.shape != (len(x),):
+        raise ValueError(f"the loss returned shape {values.shape}; expected one value a task, ({len(x)},)")
+    return values
+
+
+# The outer update ------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a meta-iteration changes: the learned parameters, Adam's two moments, the iteration count."""
+
+    theta: np.ndarray
+    m: np.ndarray
+    v: np.ndarray
+    iteration: int
+
+    @classmethod
+    def start(cls, theta):
+        return cls(theta, np.zeros_like(theta), np.zeros_like(theta), 0)
+
+
+def adam(state, g, beta, b1=0.9, b2=0.999, eps=1e-8):
+    """theta ← theta - beta sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps): Adam, as TensorFlow has it.
+
+    m ← b1 m + (1 - b1) g, v ← b2 v + (1 - b2) g², t = 1, 2, ...; eps is added after the bias correction
+    is taken out (Kingma & Ba's "epsilon hat"), as in the authors' code.
+    """
+    theta, m, v, t = state
+    t += 1
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * g * g
+    rate = beta * (1 - b2**t) ** 0.5 / (1 - b1**t)
+    return State(theta - rate * m / (np.sqrt(v) + eps), m, v, t)
+
+
+def train(outer_gradient, sample, state, rng, beta, iterations, chunk=None, map=map):
+    """theta ← theta - beta ∇_theta Σ_i L_i(f_theta'_i), eq. (4), with Adam: yields (state, meta-loss).
+
+    outer_gradient(theta, support, query) -> value, gradient; sample(rng) -> support, query, a meta-batch;
+    goes from state.iteration to `iterations`. FloatingPointError names the iteration whose loss or
+    gradient is not finite; the state yielded last is still good. `chunk` and `map` as in `mean_over_chunks`.
+    """
+    while state.iteration < iterations:
+        value, g = mean_over_chunks(outer_gradient, state.theta, *sample(rng), chunk, map)
+        if not (np.isfinite(value) and np.isfinite(g).all()):
+            raise FloatingPointError(f"the meta-loss became {value} at iteration {state.iteration + 1}")
+        state = adam(state, g, beta)
+        yield state, value
+
+
+def mean_over_chunks(outer_gradient, theta, support, query, chunk=None, map=map):
+    """outer_gradient over all tasks, as the mean over chunks of `chunk` tasks, summed in order.
+
+    `map` may be any map-like, e.g. an executor's: what the chunks are does not depend on who computes them.
+    """
+    count = len(support[0])
+    if chunk is None or chunk >= count:
+        return outer_gradient(theta, support, query)
+    cuts = [slice(start, start + chunk) for start in range(0, count, chunk)]
+    parts = [tuple(tuple(array[cut] for array in pair) for pair in (support, query)) for cut in cuts]
+    results = map(partial(outer_gradient, theta), *zip(*parts))
+    weights = [len(part[0][0]) / count for part in parts]
+    return tuple(map_sum(weights, column) for column in zip(*results))
+
+
+def map_sum(weights, values):
+    return sum(weight * value for weight, value in zip(weights, values))
+
+
+def evaluate(loss, theta, support, query, alpha, steps, metric=None):
+    """metric(theta_s; query) after s = 0 ... steps inner steps on the support set: -> [steps + 1, T].
+
+    The metric is the loss unless another is given, and is called as it: metric(theta, x, y) -> [T].
+    """
+    metric, rows = metric or loss, []
+    alpha = _checked(theta, support, alpha, steps)
+    theta = _per_task(theta, support[0])
+    for s in range(steps + 1):
+        if s:
+            theta = theta - alpha * gradient(loss, theta, *support)
+        rows.append(metric(theta, *query))
+    return np.stack(rows)
+
+
+def summarize(values, threshold):
+    """Of values [T]: mean, 95 % interval 1.96 std / sqrt(T), median, and how many tasks diverged.
+
+    A task has diverged when its value is not finite or above `threshold`; it stays in the mean.
+    """
+    values = np.where(np.isfinite(values), values, np.inf).astype(float)
+    mean = values.mean()
+    ci95 = 1.96 * values.std() / len(values) ** 0.5 if np.isfinite(mean) else np.inf
+    diverged = int((values > threshold).sum())
+    return {
+        "mean": mean,
+        "ci95": ci95,
+        "median": np.median(values),
+        "diverged": diverged,
+        "tasks": len(values),
+    }
+
+
+# The experiments -------------------------------------------------------------------------------
+
+METHODS = ("maml", "fomaml", "anil", "meta-sgd", "reptile")
+BASELINES = ("random", "pretrained", "oracle")
+
+TASKS = {
+    "sinusoid": dict(
+        shots=10,
+        query=10,
+        steps=1,
+        alpha=0.01,
+        beta=0.001,
+        meta_batch=25,
+        iterations=70_000,
+        eval_tasks=600,
+        eval_steps=10,
+        eval_shots=[5, 10, 20],
+    ),
+}
+
+# Table 2 of the paper: query MSE at K = 5 after so many steps.
+PAPER = {
+    ("sinusoid", "maml", 5): {1: 0.67, 5: 0.38, 10: 0.35},
+    ("sinusoid", "pretrained", 5): {1: 2.41, 5: 2.23, 10: 2.19},
+}
+
+EVAL_QUERY = 100  # query points of a test task: the figure is the paper's, with less noise
+DIVERGED = 100.0  # four times the largest amplitude squared
+LOG_EVERY, SAVE_EVERY = 500, 1000  # meta-iterations
+REPTILE_STEPS = 10  # with one inner step Reptile is joint training
+
+
+class Experiment:
+    """A task distribution, its network and loss, and the method that learns them, by name."""
+
+    def __init__(self, settings):
+        self.settings, self.method = settings, settings["method"]
+        oracle = self.method == "oracle"
+        self.network = nets.mlp((3 if oracle else 1, 40, 40, 1))
+        self.loss = nets.mean_squared_error(self.network)
+        self.draw = partial(tasks.sinusoid, oracle=oracle, dtype=np.dtype(settings["dtype"]))
+        self.size = self.network.size * (2 if self.method == "meta-sgd" else 1)
+
+    def sample(self, rng):
+        """A meta-batch for training."""
+        return self.draw(rng, self.settings["meta_batch"], self.settings["shots"], self.settings["query"])
+
+    def start(self, rng):
+        """What is learned, at the start: theta [P], and for Meta-SGD its alpha [P] behind it."""
+        theta = self.network.init(rng, self.settings["dtype"])
+        alpha = np.full(self.size - len(theta), self.settings["alpha"], theta.dtype)
+        return State.start(np.concatenate([theta, alpha]))
+
+    def outer_gradient(self):
+        """(theta, support, query) -> value, gradient: what the method descends."""
+        alpha, steps = self.inner_rate(), self.settings["steps"]
+        return {
+            "maml": partial(meta_gradient, self.loss, alpha=alpha, steps=steps),
+            "anil": partial(meta_gradient, self.loss, alpha=alpha, steps=steps),
+            "fomaml": partial(meta_gradient, self.loss, alpha=alpha, steps=steps, order=1),
+            "meta-sgd": partial(meta_sgd_gradient, self.loss, steps=steps),
+            "reptile": partial(reptile_gradient, self.loss, alpha=alpha, steps=steps),
+        }.get(self.method, partial(joint_gradient, self.loss))
+
+    def inner_rate(self):
+        """alpha; for ANIL (Raghu et al. 2020) an array [P] that is zero but on the last layer."""
+        alpha = self.settings["alpha"]
+        if self.method != "anil":
+            return alpha
+        rates = np.zeros(self.network.size, self.settings["dtype"])
+        rates[-self.network.sizes[-1] :] = alpha
+        return rates
+
+    def adaptation(self, learned):
+        """theta and alpha with which to adapt to a new task, from what was learned."""
+        if self.method == "meta-sgd":
+            return np.split(learned, 2)
+        return learned, self.inner_rate()
+
+    def curve(self, learned, rng, tasks, shots, query, steps):
+        """Query losses [steps + 1, tasks] of unseen tasks after 0 ... steps inner steps."""
+        theta, alpha = self.adaptation(learned)
+        return evaluate(self.loss, theta, *self.draw(rng, tasks, shots, query), alpha, steps)
+
+
+# Files -----------------------------------------------------------------------------------------
+
+
+class Unusable(Exception):
+    """Bad usage or input: its message is one line for the user; exit code 2."""
+
+
+def write_file(path, data):
+    """Writes bytes to a temporary name beside `path`, then renames: `path` is whole or what it was."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def check_writable(flag, path):
+    """Unusable unless a file can be made beside `path`; found out by making one (root may write anywhere)."""
+    probe = f"{path}.{os.getpid()}.tmp"
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(21, "is a folder")
+        with open(probe, "xb"):
+            os.remove(probe)
+    except OSError as error:
+        raise Unusable(
+            f"{flag} {path}: cannot write there ({error.strerror}); name a file in a writable folder"
+        )
+
+
+def save_checkpoint(path, settings, state, rng):
+    """An .npz of `state`, the generator's state and the settings, the last two as JSON text."""
+    buffer = io.BytesIO()
+    texts = {"settings": json.dumps(settings), "rng": json.dumps(rng.bit_generator.state)}
+    np.savez(buffer, **state._asdict(), **texts)
+    write_file(path, buffer.getvalue())
+
+
+def load_checkpoint(path):
+    """-> settings, State, Generator. Unusable where it is not a whole checkpoint; nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            settings, rng_state = (json.loads(str(arrays[key])) for key in ("settings", "rng"))
+            state = State(arrays["theta"], arrays["m"], arrays["v"], int(arrays["iteration"]))
+        rng = np.random.default_rng(0)
+        rng.bit_generator.state = rng_state
+        if sorted(settings) != sorted(SETTING_KEYS):
+            raise ValueError(f"its settings are {', '.join(settings)}")
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items() if key != "method"]
+        kind = "baseline" if settings["method"] in BASELINES else "method"
+        settings = settings_of(build_parser().parse_args([*flags, f"--{kind}={settings['method']}"]))
+        expected = (Experiment(settings).size,), np.dtype(settings["dtype"])
+    except FileNotFoundError:
+        raise Unusable(f"{path}: there is no such file; name a checkpoint that --save wrote")
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+        Unusable,
+    ) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise Unusable(f"{path}: not a whole checkpoint ({reason}); name a file that --save wrote")
+    for name in ("theta", "m", "v"):
+        found = getattr(state, name)
+        if (found.shape, found.dtype) != expected:
+            raise Unusable(
+                f"{path}: {name} is {found.dtype} {found.shape}; expected {expected[1]} {expected[0]}"
+            )
+    return settings, state, rng
+
+
+class Log:
+    """The learning curve as CSV, one row a write, so that no row is torn; it goes on after `iteration`."""
+
+    columns = ("iteration", "loss", "before", "after")
+
+    def __init__(self, path, iteration):
+        rows = []
+        if iteration and os.path.exists(path):
+            with open(path, newline="") as file:
+                rows = [row for row in list(csv.reader(file))[1:] if row and int(row[0]) <= iteration]
+        write_file(path, "".join(",".join(row) + "\n" for row in [self.columns, *rows]).encode())
+        self.file = open(path, "ab", buffering=0)
+
+    def write(self, *row):
+        self.file.write((",".join(map(str, row)) + "\n").encode())
+
+
+# The command line ------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def error(self, message):
+        raise Unusable(" ".join(message.split()))
+
+
+def count(text):
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def seed(text):
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
+def rate(text):
+    number = float(text)
+    if not 0 <= number < np.inf:
+        raise ValueError
+    return number
+
+
+count.__name__, seed.__name__, rate.__name__ = (
+    "count (1 or more)",
+    "seed (0 or more)",
+    "rate (finite, 0 or more)",
+)
+
+# Flag, type, unit and meaning. The first group is what a checkpoint keeps; defaults are in TASKS.
+SETTINGS = (
+    ("--shots", count, "support examples K a task"),
+    ("--query", count, "query examples a task in training"),
+    ("--steps", count, "inner gradient steps in training"),
+    ("--alpha", rate, "inner step size, loss gradient to parameters"),
+    ("--beta", rate, "outer step size, Adam's"),
+    ("--meta-batch", count, "tasks a meta-iteration"),
+    ("--iterations", count, "meta-iterations in all"),
+)
+SETTING_KEYS = ("task", "method", *(flag[2:].replace("-", "_") for flag, *_ in SETTINGS), "seed", "dtype")
+EVALUATION = (
+    ("--eval-tasks", count, "unseen tasks for the table"),
+    ("--eval-steps", count, "gradient steps up to which the table goes"),
+)
+
+
+def build_parser():
+    parser = Parser(
+        prog="maml.py",
+        allow_abbrev=False,
+        description="Model-Agnostic Meta-Learning: meta-trains, then evaluates on unseen tasks.",
+    )
+    parser.add_argument("--task", choices=TASKS, help="the task distribution p(T)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--method", choices=METHODS, help="what is learned, and how (default: maml)")
+    which.add_argument(
+        "--baseline", choices=BASELINES, help="in place of a method: what the paper compares with"
+    )
+    for flag, kind, text in SETTINGS + EVALUATION:
+        defaults = ", ".join(f"{task} {table[flag[2:].replace('-', '_')]}" for task, table in TASKS.items())
+        parser.add_argument(
+            flag, type=kind, metavar="N" if kind is count else "RATE", help=f"{text} (default: {defaults})"
+        )
+    parser.add_argument(
+        "--eval-shots",
+        type=count,
+        nargs="+",
+        metavar="K",
+        help="support sizes to evaluate at (default: sinusoid 5 10 20)",
+    )
+    parser.add_argument("--seed", type=seed, metavar="N", help="of every random draw (default: 0)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float64"), help="of all arithmetic (default: float32)"
+    )
+    parser.add_argument(
+        "--save",
+        metavar="FILE.npz",
+        help=f"checkpoint, every {SAVE_EVERY} meta-iterations, on Ctrl-C and at the end",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="FILE.npz",
+        help="go on from this checkpoint, to the bits of an unbroken run; saves to it unless --save is given",
+    )
+    parser.add_argument(
+        "--evaluate",
+        metavar="FILE.npz",
+        nargs="+",
+        help="train nothing, evaluate these checkpoints; --alpha may be given to fine-tune at another rate",
+    )
+    parser.add_argument(
+        "--log",
+        metavar="FILE.csv",
+        help=f"learning curve, every {LOG_EVERY} meta-iterations: loss of the meta-batch, and of 100 other "
+        "tasks before and after adaptation",
+    )
+    parser.add_argument("--results", metavar="FILE.csv", help="the final table")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="picture of some test tasks and of the error against gradient steps (needs matplotlib)",
+    )
+    return parser
+
+
+def settings_of(args):
+    """What a checkpoint keeps, from the flags and the task's defaults."""
+    if args.task is None:
+        raise Unusable(f"--task is missing; name one of {', '.join(TASKS)}")
+    method = args.method or args.baseline or "maml"
+    settings = {"task": args.task, "method": method}
+    for key, default in defaults(args.task, method).items():
+        given = getattr(args, key)
+        settings[key] = default if given is None else given
+    return settings
+
+
+def defaults(task, method):
+    table = {key: TASKS[task][key] for key in SETTING_KEYS if key in TASKS[task]} | {
+        "seed": 0,
+        "dtype": "float32",
+    }
+    return table | ({"steps": REPTILE_STEPS} if method == "reptile" else {})
+
+
+def check_agreement(args, settings, path, free):
+    """Unusable where a flag contradicts the checkpoint, but for those in `free`."""
+    for key, kept in settings.items():
+        given = (args.method or args.baseline) if key == "method" else getattr(args, key)
+        if given is not None and given != kept and key not in free:
+            raise Unusable(
+                f"{path} was trained with {key.replace('_', '-')} {kept}, not {given}; leave the flag out"
+            )
+
+
+def run(args):
+    """The command: -> exit code."""
+    for flag in ("save", "log", "results", "plot"):
+        if getattr(args, flag):
+            check_writable(f"--{flag}", getattr(args, flag))
+    if args.plot:
+        check_plotting(args.plot)
+    if args.evaluate:
+        for flag in ("resume", "save", "log", "iterations"):
+            if getattr(args, flag):
+                raise Unusable(
+                    f"--evaluate trains nothing, so --{flag} does not go with it; leave one of them out"
+                )
+        models = []
+        for path in args.evaluate:
+            settings, state, _ = load_checkpoint(path)
+            check_agreement(args, settings, path, free=() if settings["method"] == "meta-sgd" else ("alpha",))
+            settings["alpha"] = settings["alpha"] if args.alpha is None else args.alpha
+            models.append((Experiment(settings), state.theta))
+    else:
+        if args.resume:
+            settings, state, rng = load_checkpoint(args.resume)
+            check_agreement(args, settings, args.resume, free=("iterations",))
+            settings["iterations"] = args.iterations or settings["iterations"]
+            if settings["iterations"] <= state.iteration:
+                raise Unusable(
+                    f"{args.resume} is at iteration {state.iteration}; give --iterations above that"
+                )
+            experiment = Experiment(settings)
+        else:
+            experiment = Experiment(settings_of(args))
+            rng = np.random.default_rng([experiment.settings["seed"], 0])
+            state = experiment.start(rng)
+        state, finished = meta_train(experiment, state, rng, args.save or args.resume, args.log)
+        if not finished:
+            return 130
+        models = [(experiment, state.theta)]
+    report(models, args)
+    return 0
+
+
+def meta_train(experiment, state, rng, save, log):
+    """`train` with checkpoints, learning curve, progress and Ctrl-C: -> last state, whether it finished."""
+    settings, finished = experiment.settings, True
+    iterations = settings["iterations"] if experiment.method != "random" else state.iteration
+    validation = np.random.default_rng([settings["seed"], 2])
+    others = experiment.draw(validation, 100, settings["shots"], settings["query"])
+    log = log and Log(log, state.iteration)
+    progress = Progress(state.iteration, iterations)
+    interrupted = []
+
+    def interrupt(*_):
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        run = train(experiment.outer_gradient(), experiment.sample, state, rng, settings["beta"], iterations)
+        for state, loss in run:  # noqa: B020
+            i, last = state.iteration, state.iteration == iterations
+            if i % LOG_EVERY == 0 or last:
+                theta, alpha = experiment.adaptation(state.theta)
+                curve = evaluate(experiment.loss, theta, *others, alpha, settings["steps"]).mean(axis=1)
+                progress.text = f"loss {curve[0]:.3f} before, {curve[-1]:.3f} after adaptation"
+                if log:
+                    log.write(i, loss, curve[0], curve[-1])
+            if save and (i % SAVE_EVERY == 0 or last or interrupted):
+                save_checkpoint(save, settings, state, rng)
+            progress.show(i, last)
+            if interrupted and not last:
+                finished = False
+                break
+    except FloatingPointError as error:
+        kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
+        raise FloatingPointError(f"{error}: lower --alpha or --beta{kept}") from None
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        progress.close()
+    if not finished:
+        hint = f"saved; go on with --resume {save}" if save else "nothing was saved (no --save)"
+        print(f"maml.py: interrupted at iteration {state.iteration}: {hint}", file=sys.stderr)
+    elif save and iterations == state.iteration and not os.path.exists(save):
+        save_checkpoint(save, settings, state, rng)
+    return state, finished
+
+
+class Progress:
+    """One updating line on a terminal's stderr; elsewhere a plain line every ten seconds."""
+
+    def __init__(self, iteration, iterations):
+        self.first, self.iterations, self.text = iteration, iterations, ""
+        self.terminal = sys.stderr.isatty()
+        self.began = self.shown = time.monotonic()
+
+    def show(self, iteration, last):
+        now = time.monotonic()
+        if not last and now - self.shown < (0.2 if self.terminal else 10):
+            return
+        self.shown = now
+        speed = (iteration - self.first) / max(now - self.began, 1e-9)
+        left = round((self.iterations - iteration) / speed)
+        line = f"{iteration}/{self.iterations}  {self.text}  {speed:.0f} iterations/s"
+        line += f"  {left // 60}:{left % 60:02d} left"
+        print(
+            f"\r{line}\033[K" if self.terminal else line,
+            end="" if self.terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def close(self):
+        if self.terminal and self.shown != self.began:
+            print(file=sys.stderr)
+
+
+def report(models, args):
+    """The table of each model, on stdout and in --results; --plot."""
+    rows, curves = [], []
+    for experiment, learned in models:
+        settings = experiment.settings
+        table = TASKS[settings["task"]]
+        asked = {key: getattr(args, key) or table[key] for key in ("eval_tasks", "eval_steps", "eval_shots")}
+        for shots in asked["eval_shots"]:
+            rng = np.random.default_rng([settings["seed"], 1])
+            values = experiment.curve(
+                learned, rng, asked["eval_tasks"], shots, EVAL_QUERY, asked["eval_steps"]
+            )
+            curves.append((settings["method"], shots, [summarize(v, DIVERGED) for v in values]))
+            rows += [
+                {
+                    "task": settings["task"],
+                    "method": settings["method"],
+                    "shots": shots,
+                    "step": step,
+                    "metric": "mse",
+                    **row,
+                }
+                for step, row in enumerate(curves[-1][2])
+            ]
+        print_table(settings, asked, curves[-len(asked["eval_shots"]) :])
+    if args.results:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(args.results, text.getvalue().encode())
+    if args.plot:
+        plot(models, curves, args.plot)
+
+
+def print_table(settings, asked, curves):
+    task, method = settings["task"], settings["method"]
+    print(f"\n{task}, {method}, seed {settings['seed']}, {settings['iterations']} meta-iterations")
+    print(f"query MSE of {asked['eval_tasks']} unseen tasks: mean ± 95 % interval, median, ", end="")
+    print(f"tasks diverged (above {DIVERGED:.0f})\n")
+    print("steps  " + "".join(f"{f'K = {shots}':<34}" for _, shots, _ in curves) + "paper")
+    for step in range(asked["eval_steps"] + 1):
+        cells, paper = [], []
+        for _, shots, rows in curves:
+            row = rows[step]
+            cell = f"{figure(row['mean'])} ± {figure(row['ci95'])}  {figure(row['median'])}"
+            cell += f"  {row['diverged'] or '-'}"
+            cells.append(f"{cell:<34}")
+            printed = PAPER.get((task, method, shots), {}).get(step)
+            paper += [f"{printed} at K = {shots}"] if printed else []
+        print(f"{step:>5}  {''.join(cells)}{', '.join(paper)}".rstrip())
+
+
+def figure(number):
+    return f"{number:.3f}" if number < 1000 else f"{number:.1e}"
+
+
+def check_plotting(path):
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise Unusable("--plot needs matplotlib; pip install matplotlib") from None
+    suffix, known = os.path.splitext(path)[1].lstrip("."), FigureCanvasBase.get_supported_filetypes()
+    if suffix not in known:
+        raise Unusable(
+            f"--plot {path}: unknown kind of picture; end the name in one of {', '.join(sorted(known))}"
+        )
+
+
+def plot(models, curves, path):
+    """As figure 2 of the paper: test sinusoids before and after adaptation, a row a model; and the error."""
+    from matplotlib.figure import Figure
+
+    tasks_shown = 3
+    canvas = Figure(figsize=(13, 2.9 * len(models) + 0.7), layout="constrained")
+    grid = canvas.add_gridspec(len(models), tasks_shown + 1, width_ratios=[1] * tasks_shown + [1.25])
+    for row, (experiment, learned) in enumerate(models):
+        shots, line = experiment.settings["shots"], np.linspace(-5, 5, 200)
+        theta, alpha = experiment.adaptation(learned)
+        support, query = experiment.draw(np.random.default_rng([7, 1]), tasks_shown, shots, len(line))
+        shown = query[0].copy()
+        shown[..., 0] = line
+        _, (latent, _) = tasks.sinusoid(np.random.default_rng([7, 1]), tasks_shown, shots, 1, oracle=True)
+        for column in range(tasks_shown):
+            axes = canvas.add_subplot(grid[row, column])
+            axes.plot(
+                line,
+                latent[column, 0, 1] * np.sin(line - latent[column, 0, 2]),
+                color="#c0392b",
+                lw=1.5,
+                label="truth",
+            )
+            for steps, style, color in ((0, ":", "#7f8c8d"), (1, "--", "#2e86c1"), (10, "-", "#1a5276")):
+                adapted = adapt(experiment.loss, theta, support, alpha, steps)
+                out = experiment.network.apply(adapted, shown)[column, :, 0]
+                name = "before" if steps == 0 else f"after {steps} step{'s' * (steps > 1)}"
+                axes.plot(line, out, style, color=color, lw=1.5, label=name)
+            axes.plot(
+                support[0][column, :, 0],
+                support[1][column, :, 0],
+                "^",
+                color="#6c3483",
+                ms=6,
+                label="support",
+            )
+            axes.set(xlim=(-5, 5), ylim=(-5.5, 5.5), xlabel="x" if row == len(models) - 1 else "")
+            axes.set_title(
+                f"{experiment.method}, K = {shots}" if column == 0 else "", loc="left", fontsize=10
+            )
+            if row == column == 0:
+                axes.legend(fontsize=7, ncols=2, loc="lower left", framealpha=0.9)
+    axes = canvas.add_subplot(grid[:, -1])
+    for method, shots, rows in curves:
+        mean, ci95 = (np.array([r[key] for r in rows]) for key in ("mean", "ci95"))
+        (drawn,) = axes.plot(mean, "o-", ms=3, lw=1.2, label=f"{method}, K = {shots}")
+        axes.fill_between(
+            range(len(rows)), mean - ci95, mean + ci95, color=drawn.get_color(), alpha=0.15, lw=0
+        )
+    axes.set(xlabel="gradient steps", ylabel="query MSE", yscale="log")
+    axes.set_title("error on unseen tasks, mean and 95 % interval", loc="left", fontsize=10)
+    axes.legend(fontsize=7)
+    picture = io.BytesIO()
+    canvas.savefig(picture, format=os.path.splitext(path)[1].lstrip("."), dpi=110)
+    write_file(path, picture.getvalue())
+
+
+def main(argv=None):
+    """Runs the command line: -> exit code."""
+    try:
+        with np.errstate(all="ignore"):
+            return run(build_parser().parse_args(argv))
+    except Unusable as error:
+        print(f"maml.py: {error}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, OSError) as error:
+        print(f"maml.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
