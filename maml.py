@@ -629,7 +629,7 @@ def run(args):
             experiment = Experiment(settings)
         else:
             experiment = Experiment(settings_of(args))
-            rng = np.random.default_rng([experiment.settings["seed"], 0])
+            rng = np.random.default_rng(experiment.settings["seed"])
             state = experiment.start(rng)
         state, finished = meta_train(experiment, state, rng, args.save or args.resume, args.log)
         if not finished:
@@ -772,10 +772,13 @@ def figure(number):
 
 def check_plotting(path):
     try:
-        from matplotlib.backend_bases import FigureCanvasBase
+        from matplotlib import backend_bases
     except ImportError:
         raise Unusable("--plot needs matplotlib; pip install matplotlib") from None
-    suffix, known = os.path.splitext(path)[1].lstrip("."), FigureCanvasBase.get_supported_filetypes()
+    suffix, known = (
+        os.path.splitext(path)[1].lstrip("."),
+        backend_bases.FigureCanvasBase.get_supported_filetypes(),
+    )
     if suffix not in known:
         raise Unusable(
             f"--plot {path}: unknown kind of picture; end the name in one of {', '.join(sorted(known))}"
@@ -787,7 +790,7 @@ def plot(models, curves, path):
     from matplotlib.figure import Figure
 
     tasks_shown = 3
-    canvas = Figure(figsize=(13, 2.9 * len(models) + 0.7), layout="constrained")
+    canvas = Figure(figsize=(13, 2.7 * len(models) + 1.2), layout="constrained")
     grid = canvas.add_gridspec(len(models), tasks_shown + 1, width_ratios=[1] * tasks_shown + [1.25])
     for row, (experiment, learned) in enumerate(models):
         shots, line = experiment.settings["shots"], np.linspace(-5, 5, 200)
@@ -822,18 +825,23 @@ def plot(models, curves, path):
             axes.set_title(
                 f"{experiment.method}, K = {shots}" if column == 0 else "", loc="left", fontsize=10
             )
-            if row == column == 0:
-                axes.legend(fontsize=7, ncols=2, loc="lower left", framealpha=0.9)
+            lines = axes.get_legend_handles_labels()
+    canvas.legend(*lines, fontsize=8, ncols=5, loc="outside lower left", frameon=False)
     axes = canvas.add_subplot(grid[:, -1])
+    methods, sizes = (list(dict.fromkeys(column)) for column in list(zip(*curves))[:2])
     for method, shots, rows in curves:
         mean, ci95 = (np.array([r[key] for r in rows]) for key in ("mean", "ci95"))
-        (drawn,) = axes.plot(mean, "o-", ms=3, lw=1.2, label=f"{method}, K = {shots}")
+        style = dict(color=f"C{sizes.index(shots)}", marker="osv^D*PX"[methods.index(method) % 8])
+        (drawn,) = axes.plot(mean, ms=4, lw=1.2, label=f"{method}, K = {shots}", **style)
         axes.fill_between(
             range(len(rows)), mean - ci95, mean + ci95, color=drawn.get_color(), alpha=0.15, lw=0
         )
     axes.set(xlabel="gradient steps", ylabel="query MSE", yscale="log")
+    axes.set_ylim(top=min(axes.get_ylim()[1], 3 * max(rows[0]["mean"] for _, _, rows in curves)))
     axes.set_title("error on unseen tasks, mean and 95 % interval", loc="left", fontsize=10)
-    axes.legend(fontsize=7)
+    axes.legend(
+        fontsize=8, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False
+    )
     picture = io.BytesIO()
     canvas.savefig(picture, format=os.path.splitext(path)[1].lstrip("."), dpi=110)
     write_file(path, picture.getvalue())

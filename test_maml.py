@@ -1,0 +1,766 @@
+# SPDX-License-Identifier: MIT
+"""One test a claim: the mathematics first, then the samplers, the command, and the README.
+
+Everything mathematical runs in float64 with relative tolerances and no absolute floor. Finite
+differences are central. Problems whose ReLU inputs come near zero are drawn again, so that no
+difference steps over a kink.
+"""
+
+import csv
+import inspect
+import json
+import os
+import pathlib
+import pickle
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import autograd.numpy as anp
+import numpy as np
+import pytest
+from autograd import grad, jacobian
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import maml
+import nets
+import tasks
+
+HERE = pathlib.Path(__file__).resolve().parent
+settings.register_profile("maml", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("maml")
+
+
+def error(found, expected):
+    """Relative error in the norm, with no floor: an exact zero must be met exactly."""
+    found, expected = np.asarray(found, float), np.asarray(expected, float)
+    assert found.shape == expected.shape
+    scale = np.linalg.norm(expected)
+    return np.linalg.norm(found - expected) / scale if scale else np.linalg.norm(found)
+
+
+def difference(f, x, v, h=1e-4):
+    """Central difference of f at x along v, of fourth order."""
+    near, far = f(x + h * v) - f(x - h * v), f(x + 2 * h * v) - f(x - 2 * h * v)
+    return (8 * near - far) / (12 * h)
+
+
+def hidden(loss):
+    """The loss without its closed forms, so that autograd supplies them."""
+    return lambda theta, x, y: loss(theta, x, y)
+
+
+def distance_to_kink(network, theta, x):
+    """The smallest |input| of any ReLU."""
+    arrays, nearest = network.unflatten(theta), np.inf
+    for layer in network.layers:
+        if isinstance(layer, nets.Relu):
+            nearest = min(nearest, np.abs(x).min())
+        x = layer.apply(x, *[arrays[name] for name in layer.shapes])
+    return nearest
+
+
+class Problem:
+    """A random network, loss, theta, support and query, far from every kink for `steps` inner steps."""
+
+    def __init__(self, seed, sizes, count, shots, query, classify, normalize, steps=0, alpha=0.05):
+        self.network = nets.mlp(sizes, normalize)
+        self.loss = (nets.cross_entropy if classify else nets.mean_squared_error)(self.network)
+        for attempt in range(1000):
+            rng = self.rng = np.random.default_rng([seed, attempt])
+            self.theta = rng.normal(size=self.network.size) / 2
+            self.each = rng.normal(size=(count, self.network.size)) / 2
+            self.v = rng.normal(size=(count, self.network.size))
+            self.v /= np.linalg.norm(self.v, axis=1, keepdims=True)
+            self.support, self.query = (
+                (rng.normal(size=(count, n, sizes[0])), self.targets(rng, (count, n), sizes[-1], classify))
+                for n in (shots, query)
+            )
+            thetas = [maml.adapt(self.loss, self.theta, self.support, alpha, s) for s in range(steps + 1)]
+            pairs = [
+                (self.each, self.support),
+                *((theta, self.support) for theta in thetas),
+                (thetas[-1], self.query),
+            ]
+            if min(distance_to_kink(self.network, theta, x) for theta, (x, _) in pairs) > 2e-3:
+                return
+        raise AssertionError("no problem away from the kinks was found")
+
+    @staticmethod
+    def targets(rng, shape, outputs, classify):
+        if classify:
+            return np.eye(outputs)[rng.integers(0, outputs, shape)]
+        return rng.normal(size=(*shape, outputs))
+
+
+@st.composite
+def problems(draw, steps=0, normalize=(False, True)):
+    sizes = (draw(st.integers(1, 3)), *draw(st.lists(st.integers(1, 5), max_size=2)), draw(st.integers(1, 3)))
+    batch_norm = draw(st.sampled_from(normalize))
+    examples = st.integers(2 if batch_norm else 1, 4)
+    return Problem(
+        draw(st.integers(0, 10**6)),
+        sizes,
+        draw(st.integers(1, 3)),
+        draw(examples),
+        draw(examples),
+        draw(st.booleans()),
+        batch_norm,
+        draw(steps) if isinstance(steps, st.SearchStrategy) else steps,
+    )
+
+
+# Networks and losses ---------------------------------------------------------------------------
+
+
+@given(problems())
+def test_closed_forms_equal_the_definition_for_shared_and_per_task_theta(p):
+    x, y = p.support
+    for theta in (p.theta, p.each):
+        value, g, hvp = p.loss.expand(theta, x, y)
+        by_definition = maml.expand(hidden(p.loss), theta, x, y)
+        assert error(value, by_definition[0]) < 1e-12
+        assert error(g, by_definition[1]) < 1e-11
+        assert error(hvp(p.v), by_definition[2](p.v)) < 1e-10
+        assert error(hvp(p.v, total=True), hvp(p.v).sum(axis=0)) < 1e-11
+        pair = p.loss.grad_and_hvp(theta, x, y)
+        assert error(p.loss.grad(theta, x, y), g) == error(pair[0], g) == 0
+        assert error(p.loss.hvp(theta, x, y, p.v), pair[1](p.v)) == 0
+
+
+@given(problems())
+def test_gradient_and_hvp_equal_finite_differences(p):
+    x, y = p.support
+    slopes = (p.loss.grad(p.each, x, y) * p.v).sum(axis=1)
+    assert error(slopes, difference(lambda theta: p.loss(theta, x, y), p.each, p.v)) < 1e-7
+    bends = difference(lambda theta: p.loss.grad(theta, x, y), p.each, p.v)
+    assert error(p.loss.hvp(p.each, x, y, p.v), bends) < 1e-7
+
+
+@given(problems())
+def test_hvp_equals_the_explicit_hessian_and_is_symmetric(p):
+    x, y = p.support
+    for task in range(len(x)):
+        one = (x[task : task + 1], y[task : task + 1])
+        hessian = jacobian(grad(lambda theta: p.loss(theta[None], *one)[0]))(p.each[task])
+        product = p.loss.hvp(p.each[task : task + 1], *one, p.v[task : task + 1])[0]
+        assert error(product, hessian @ p.v[task]) < 1e-10
+    u = p.rng.normal(size=p.v.shape)
+    _, hvp = p.loss.grad_and_hvp(p.each, x, y)
+    assert error((u * hvp(p.v)).sum(axis=1), (p.v * hvp(u)).sum(axis=1)) < 1e-9
+
+
+@given(problems(steps=2))
+def test_float32_stays_float32_and_agrees(p):
+    def single(*arrays):
+        return [array.astype(np.float32) for array in arrays]
+
+    theta, support, query = p.theta.astype(np.float32), single(*p.support), single(*p.query)
+    for loss in (p.loss, hidden(p.loss)):
+        for alpha in (0.05, np.float64(0.05), np.full_like(theta, 0.05)):
+            value, g = maml.meta_gradient(loss, theta, support, query, alpha, 2)
+            assert value.dtype == g.dtype == np.float32
+            assert maml.adapt(loss, theta, support, alpha, 2).dtype == np.float32
+            assert maml.evaluate(loss, theta, support, query, alpha, 1).dtype == np.float32
+    assert error(g, maml.meta_gradient(p.loss, p.theta, p.support, p.query, 0.05, 2)[1]) < 1e-3
+
+
+def test_theta_is_laid_out_as_documented_and_pickles():
+    network = nets.mlp((1, 40, 40, 1))
+    assert network.size == 1761 and list(network.shapes) == ["w1", "b1", "w2", "b2", "w3", "b3"]
+    theta = np.arange(1761.0)
+    arrays = network.unflatten(theta)
+    assert np.array_equal(np.concatenate([a.ravel() for a in arrays.values()]), theta)
+    assert all(np.shares_memory(a, theta) for a in arrays.values())
+    assert list(nets.mlp((4, 3, 2), normalize=True).shapes) == ["w1", "beta1", "w2", "b2"]
+    p = Problem(0, (2, 3, 1), 2, 3, 3, False, False)
+    again = pickle.loads(pickle.dumps(p.loss))
+    assert np.array_equal(again.grad(p.theta, *p.support), p.loss.grad(p.theta, *p.support))
+
+
+def test_init_is_the_authors_truncated_normal():
+    arrays = nets.mlp((1, 400, 400, 1)).unflatten(nets.mlp((1, 400, 400, 1)).init(np.random.default_rng(0)))
+    w = arrays["w2"]
+    assert np.abs(w).max() <= 0.02 and not arrays["b1"].any()
+    assert abs(w.std() / 0.0087963 - 1) < 0.01  # a normal of deviation 0.01 cut at two deviations
+
+
+# The meta-gradient -----------------------------------------------------------------------------
+
+
+@given(problems(steps=st.integers(0, 3)), st.booleans(), st.integers(0, 3))
+def test_recursion_equals_definition_and_finite_differences(p, array, steps):
+    alpha = p.rng.uniform(0, 0.05, p.theta.shape) if array else 0.05
+    args = (p.theta, p.support, p.query, alpha, steps)
+    value, expected = maml.meta_gradient_by_definition(p.loss, *args)
+    only_products = hidden(p.loss)
+    only_products.grad, only_products.hvp = p.loss.grad, p.loss.hvp
+    for loss in (p.loss, hidden(p.loss), only_products):
+        found = maml.meta_gradient(loss, *args)
+        assert error(found[0], value) < 1e-11
+        assert error(found[1], expected) < 1e-9
+    through_products = grad(lambda theta: maml.meta_loss(p.loss, theta, *args[1:]))(p.theta)
+    assert error(through_products, expected) < 1e-9
+
+
+@given(problems(steps=2))
+def test_meta_gradient_equals_finite_differences(p):
+    v = p.v[0]
+    _, g = maml.meta_gradient(p.loss, p.theta, p.support, p.query, 0.05, 2)
+    slope = difference(lambda theta: maml.meta_loss(p.loss, theta, p.support, p.query, 0.05, 2), p.theta, v)
+    assert error(g @ v, slope) < 1e-6
+
+
+def test_exact_integers():
+    """A linear model on integers: the values that another implementation's tests publish."""
+    w, a, b = np.array([2.0, 3, 5]), np.array([[1.0, 2, 3]]), np.array([[4.0, 5, 6]])
+    square, linear = np.ones(1), np.zeros(1)
+
+    def loss(theta, x, kind):
+        out = anp.sum(x * theta, axis=1)
+        return kind * 0.5 * out**2 + (1 - kind) * out
+
+    def meta_gradient(support, query, alpha, steps, order=2):
+        value, g = maml.meta_gradient(loss, w, support, query, alpha, steps, order)
+        return value.item(), g.tolist()
+
+    assert maml.adapt(loss, w, (a, square), 0.5, 1).tolist() == [[-9.5, -20, -29.5]]
+    assert meta_gradient((a, square), (b, square), 0.5, 1) == (49612.5, [3780, 8505, 13230])
+    assert meta_gradient((a, square), (b, square), 0.5, 1, order=1) == (49612.5, [-1260, -1575, -1890])
+    assert maml.adapt(loss, w, (b, square), 0.5, 1).tolist() == [[-104, -129.5, -154]]
+    assert meta_gradient((b, square), (a, square), 0.5, 1, order=1) == (340312.5, [-825, -1650, -2475])
+    assert maml.adapt(loss, w, (a, square), 1.0, 3).tolist() == [[-3609, -7219, -10828]]
+    assert meta_gradient((a, square), (b, linear), 1.0, 3)[1] == [-5020, -10043, -15066]
+
+
+@given(st.integers(0, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 10**6))
+def test_quadratic_oracle(steps, size, count, seed):
+    """Support loss (theta-c)ᵀA(theta-c)/2, query (theta-d)ᵀB(theta-d)/2: (I - alpha A)^k B(theta_k - d)."""
+    rng = np.random.default_rng(seed)
+    alpha, theta = 0.3, rng.normal(size=size)
+
+    def bowl(theta, centre, matrix):
+        return 0.5 * anp.einsum("ti,tij,tj->t", theta - centre, matrix, theta - centre)
+
+    (c, d), (a, b) = rng.normal(size=(2, count, size)), rng.normal(size=(2, count, size, size))
+    a, b = a @ a.swapaxes(1, 2), b @ b.swapaxes(1, 2) + np.eye(size)
+    expected = np.zeros(size)
+    for t in range(count):
+        k = theta
+        for _ in range(steps):
+            k = k - alpha * a[t] @ (k - c[t])
+        expected += np.linalg.matrix_power(np.eye(size) - alpha * a[t], steps) @ b[t] @ (k - d[t]) / count
+    _, g = maml.meta_gradient(bowl, theta, (c, a), (d, b), alpha, steps)
+    assert error(g, expected) < 1e-10
+
+
+@pytest.mark.parametrize("wrong", ["0.1 % off", "first order", "a step dropped", "alpha 2 % off"])
+def test_a_wrong_meta_gradient_is_rejected(wrong):
+    p = Problem(1, (2, 5, 5, 1), 3, 4, 4, False, False, steps=2)
+    alpha = 0.05
+    expected = maml.meta_gradient_by_definition(p.loss, p.theta, p.support, p.query, alpha, 2)[1]
+    gradient = partial(maml.meta_gradient, p.loss, p.theta, p.support, p.query, alpha)
+    assert error(gradient(2)[1], expected) < 1e-10
+    found = {
+        "0.1 % off": lambda: 1.001 * gradient(2)[1],
+        "first order": lambda: gradient(2, order=1)[1],
+        "a step dropped": lambda: gradient(1)[1],
+        "alpha 2 % off": lambda: maml.meta_gradient(p.loss, p.theta, p.support, p.query, 1.02 * alpha, 2)[1],
+    }[wrong]()
+    assert error(found, expected) > 5e-4
+
+
+# The family ------------------------------------------------------------------------------------
+
+
+@given(problems(steps=2))
+def test_first_order_is_the_query_gradient_at_the_adapted_parameters(p):
+    _, g = maml.meta_gradient(p.loss, p.theta, p.support, p.query, 0.05, 2, order=1)
+    adapted = maml.adapt(p.loss, p.theta, p.support, 0.05, 2)
+    assert error(g, p.loss.grad(adapted, *p.query).mean(axis=0)) < 1e-12
+
+
+@given(problems(steps=2))
+def test_anil_moves_the_last_layer_alone_and_its_meta_gradient_is_the_definition(p):
+    head = p.network.sizes[-1]
+    alpha = np.zeros_like(p.theta)
+    alpha[-head:] = 0.05
+    adapted = maml.adapt(p.loss, p.theta, p.support, alpha, 2)
+    assert np.array_equal(adapted[:, :-head], np.broadcast_to(p.theta[:-head], adapted[:, :-head].shape))
+    body, top = p.theta[:-head], p.theta[-head:]
+
+    def outer(theta):
+        """ANIL written out: the inner loop sees the last layer's parameters and no others."""
+        total = 0.0
+        for t in range(len(p.v)):
+            one = [array[t : t + 1] for array in (*p.support, *p.query)]
+            w, rest = theta[-head:], theta[:-head]
+            for _ in range(2):
+                w = w - 0.05 * grad(lambda w: p.loss(anp.concatenate([rest, w])[None], *one[:2])[0])(w)
+            total = total + p.loss(anp.concatenate([rest, w])[None], *one[2:])[0]
+        return total / len(p.v)
+
+    _, g = maml.meta_gradient(p.loss, p.theta, p.support, p.query, alpha, 2)
+    assert error(g, grad(outer)(np.concatenate([body, top]))) < 1e-9
+
+
+@given(problems(steps=2))
+def test_meta_sgd_is_the_gradient_by_theta_and_alpha(p):
+    both = np.concatenate([p.theta, p.rng.uniform(0, 0.05, p.theta.shape)])
+
+    def outer(both):
+        return maml.meta_loss(
+            hidden(p.loss), both[: len(p.theta)], p.support, p.query, both[len(p.theta) :], 2
+        )
+
+    value, g = maml.meta_sgd_gradient(p.loss, both, p.support, p.query, 2)
+    assert error(value, outer(both)) < 1e-12
+    assert error(g, grad(outer)(both)) < 1e-9
+
+
+@given(problems(steps=2, normalize=(False,)))
+def test_reptile_is_the_way_from_the_adapted_parameters(p):
+    _, g = maml.reptile_gradient(p.loss, p.theta, p.support, p.query, 0.05, 2)
+    moved = np.zeros_like(p.theta)
+    for t in range(len(p.v)):
+        theta = p.theta
+        x, y = (np.concatenate([p.support[i][t], p.query[i][t]])[None] for i in (0, 1))
+        for _ in range(2):
+            theta = theta - 0.05 * grad(lambda theta: p.loss(theta[None], x, y)[0])(theta)
+        moved += (p.theta - theta) / len(p.v)
+    assert error(g, moved) < 1e-10
+
+
+# The outer loop --------------------------------------------------------------------------------
+
+
+def test_adam_is_its_equation():
+    state, theta, m, v = maml.State.start(np.array([1.0, -2.0])), np.array([1.0, -2.0]), 0, 0
+    for t, g in enumerate(np.random.default_rng(0).normal(size=(5, 2)), 1):
+        state = maml.adam(state, g, 0.1)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        theta = theta - 0.1 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-8)
+        assert error(state.theta, theta) < 1e-14 and state.iteration == t
+
+
+def test_training_reaches_the_minimum_of_the_meta_objective_where_first_order_does_not():
+    """Two bowls of different curvature: the minima of MAML, first order and no adaptation are known."""
+    curvature, centre, alpha = np.array([[0.5], [2.5]]), np.array([[-1.0], [1.0]]), 0.3
+
+    def bowl(theta, centre, curvature):
+        return 0.5 * anp.sum(curvature * (theta - centre) ** 2, axis=1)
+
+    def minimum(weights):
+        return ((weights * curvature * centre).sum() / (weights * curvature).sum()).item()
+
+    shrink = 1 - alpha * curvature
+    maml_minimum, first_order, joint = (minimum(shrink**power) for power in (2, 1, 0))
+    data = (centre, curvature)
+    step = partial(maml.meta_gradient, bowl, alpha=alpha, steps=1)
+    run = maml.train(step, lambda _: (data, data), maml.State.start(np.zeros(1)), None, 0.02, 600)
+    *_, (state, _) = run
+    assert abs(state.theta.item() - maml_minimum) < 1e-3
+    assert abs(first_order - maml_minimum) > 0.2 and abs(joint - maml_minimum) > 0.5
+
+
+def test_chunks_are_a_mean_and_the_same_bits_on_any_executor():
+    rng = np.random.default_rng(0)
+    loss = nets.mean_squared_error(nets.mlp((1, 8, 1)))
+    theta = loss.network.init(rng, np.float64)
+    support, query = tasks.sinusoid(rng, 7, 5, 6, dtype=np.float64)
+    step = partial(maml.meta_gradient, loss, alpha=0.1, steps=2)
+    value, g = step(theta, support, query)
+    in_chunks = maml.mean_over_chunks(step, theta, support, query, chunk=3)
+    assert error(in_chunks[0], value) < 1e-12 and error(in_chunks[1], g) < 1e-12
+    with ThreadPoolExecutor(2) as pool:
+        on_threads = maml.mean_over_chunks(step, theta, support, query, chunk=3, map=pool.map)
+    assert np.array_equal(in_chunks[1], on_threads[1]) and in_chunks[0] == on_threads[0]
+
+
+def test_memory_grows_by_what_a_step_keeps():
+    """A step keeps its theta, gradient and activations; 100 of them on 25 tasks stay under 200 MB."""
+    rng = np.random.default_rng(0)
+    loss = nets.mean_squared_error(nets.mlp((1, 40, 40, 1)))
+    theta = loss.network.init(rng)
+    support, query = tasks.sinusoid(rng, 25, 10, 10)
+
+    def peak(steps):
+        tracemalloc.start()
+        maml.meta_gradient(loss, theta, support, query, 0.01, steps)
+        bytes_ = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return bytes_
+
+    kept = 2 * 25 * 1761 + 25 * 10 * (2 + 4 * 40 + 2 * 41 + 4 * 40 + 2)  # theta, gradient; a, mask, u a layer
+    assert (peak(100) - peak(10)) / 90 < 4 * kept * 1.1
+    assert peak(100) < 200e6
+
+
+def test_diverged_tasks_are_counted_and_kept_in_the_mean():
+    row = maml.summarize(np.array([1.0, 2.0, 3.0, 1e9]), 100)
+    assert row["diverged"] == 1 and row["median"] == 2.5 and row["mean"] > 1e8 and row["tasks"] == 4
+    row = maml.summarize(np.array([1.0, np.nan, np.inf], np.float32), 100)
+    assert row["diverged"] == 2 and row["mean"] == row["ci95"] == np.inf
+    row = maml.summarize(np.array([1.0, 3.0]), 100)
+    assert row == {"mean": 2, "ci95": 1.96 / 2**0.5, "median": 2, "diverged": 0, "tasks": 2}
+
+
+# Sinusoids -------------------------------------------------------------------------------------
+
+
+def test_sinusoid_ranges_moments_and_seed():
+    support, query = tasks.sinusoid(np.random.default_rng(0), 4000, 3, 2, oracle=True, dtype=np.float64)
+    x, y = (np.concatenate(pair, axis=1) for pair in zip(support, query))
+    assert x.shape == (4000, 5, 3) and y.shape == (4000, 5, 1)
+    x, amplitude, phase = x[..., 0], x[..., 1], x[..., 2]
+    assert np.allclose(y[..., 0], amplitude * np.sin(x - phase), rtol=1e-12)
+    for values, low, high in ((x, -5, 5), (amplitude[:, 0], 0.1, 5), (phase[:, 0], 0, np.pi)):
+        assert (
+            low
+            <= values.min()
+            < low + 0.01 * (high - low)
+            < high - 0.01 * (high - low)
+            < values.max()
+            <= high
+        )
+        spread = (high - low) / 12**0.5
+        assert abs(values.mean() - (low + high) / 2) < 4 * spread / 4000**0.5
+        assert abs(values.std() - spread) < 0.04 * spread
+    again = tasks.sinusoid(np.random.default_rng(0), 4000, 3, 2)[0]
+    assert again[0].dtype == np.float32 and np.array_equal(again[1], support[1].astype(np.float32))
+
+
+def test_sinusoid_analytic_anchors():
+    """Predicting 0 costs E[A²]/2 = 4.2517; -1.6234 cos x, the best that knows no task, costs 3.0057."""
+    _, (x, y) = tasks.sinusoid(np.random.default_rng(1), 40_000, 1, 10, dtype=np.float64)
+    assert abs((y**2).mean() - 4.2517) < 0.05
+    assert abs(((y + 1.6234 * np.cos(x)) ** 2).mean() - 3.0057) < 0.05
+
+
+# Arguments -------------------------------------------------------------------------------------
+
+
+def test_wrong_shapes_and_dtypes_are_named():
+    p = Problem(0, (2, 3, 1), 2, 3, 3, False, False)
+    x, y = p.support
+    size = p.network.size
+    cases = [
+        (lambda: p.loss(p.theta[1:], x, y), rf"\({size - 1},\).*\({size},\)"),
+        (lambda: p.loss.grad(p.theta, x[..., :1], y), r"\(2, 3, 1\).*tasks, examples"),
+        (lambda: p.loss.grad(p.each[:1], x, y), r"\(1, 13\).*\(2, 3, 2\)"),
+        (lambda: p.loss(p.theta, x, y[:, :2]), r"\(2, 2, 1\).*\(2, 3, 1\)"),
+        (lambda: p.loss.grad(p.theta, x, y[..., 0]), r"\(2, 3\).*\(2, 3, 1\)"),
+        (lambda: p.loss(p.theta.astype(np.float32), x, y), "float64.*float32"),
+        (lambda: p.loss.grad(p.theta, x, y.astype(int)), "int64.*float64"),
+        (lambda: p.loss.hvp(p.theta, x, y, p.v[:, 1:]), r"\(2, 12\).*\(2, 13\)"),
+        (lambda: maml.adapt(p.loss, p.theta.astype(int), p.support, 0.1, 1), "int64"),
+        (lambda: maml.adapt(p.loss, p.theta, (x, y[:1]), 0.1, 1), "different numbers of tasks"),
+        (lambda: maml.adapt(p.loss, p.theta, p.support, p.theta[1:], 1), r"\(12,\).*\(13,\)"),
+        (lambda: maml.adapt(p.loss, p.theta, p.support, p.theta.astype(np.float32), 1), "float32.*float64"),
+        (lambda: maml.adapt(p.loss, p.theta, p.support, 0.1, -1), "steps = -1"),
+        (lambda: maml.adapt(lambda *d: p.loss(*d).sum(), p.theta, p.support, 0.1, 1), "one value a task"),
+        (lambda: tasks.sinusoid(np.random.default_rng(0), 0, 1, 1), "0, 1, 1"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# The command -----------------------------------------------------------------------------------
+
+QUICK = ["--task", "sinusoid", "--iterations", "40", "--meta-batch", "3", "--eval-tasks", "8"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*words):
+    return maml.main([str(word) for word in words])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def arrays(path):
+    with np.load(path) as file:
+        return {key: file[key] for key in file.files}
+
+
+def test_command_prints_the_table_and_writes_log_and_results(folder, capsys):
+    assert command(*QUICK, "--iterations", 600, "--log", "log.csv", "--results", "results.csv") == 0
+    out = capsys.readouterr().out
+    assert "K = 5" in out and "K = 20" in out and "0.67 at K = 5" in out
+    with open("results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == "task method shots step metric mean ci95 median diverged tasks".split()
+    assert [(r["shots"], r["step"]) for r in rows] == [
+        (str(k), str(s)) for k in (5, 10, 20) for s in range(11)
+    ]
+    assert all(f"{float(r['mean']):.3f} ± {float(r['ci95']):.3f}" in out for r in rows)
+    log = pathlib.Path("log.csv").read_text().splitlines()
+    assert log[0] == "iteration,loss,before,after" and [row.split(",")[0] for row in log[1:]] == [
+        "500",
+        "600",
+    ]
+
+
+@pytest.mark.parametrize("kind", [*maml.METHODS, *maml.BASELINES])
+def test_every_method_and_baseline_runs_saves_and_evaluates_alike(folder, capsys, kind):
+    flag = "--baseline" if kind in maml.BASELINES else "--method"
+    assert command(*QUICK, flag, kind, "--save", "a.npz") == 0
+    table = capsys.readouterr().out
+    assert f"sinusoid, {kind}, seed 0" in table
+    assert command("--evaluate", "a.npz", "--eval-tasks", 8) == 0
+    assert capsys.readouterr().out == table
+
+
+@pytest.mark.parametrize("method", ["maml", "meta-sgd"])
+def test_resume_ends_in_the_bits_of_an_unbroken_run(folder, monkeypatch, method):
+    monkeypatch.setattr(maml, "SAVE_EVERY", 15)
+    base = [*QUICK[:2], "--meta-batch", 3, "--eval-tasks", 4, "--eval-shots", 2, "--method", method]
+    assert command(*base, "--iterations", 40, "--save", "whole.npz", "--log", "whole.csv") == 0
+    assert command(*base, "--iterations", 25, "--save", "part.npz") == 0
+    assert command("--resume", "part.npz", "--iterations", 40, "--log", "part.csv") == 0
+    whole, resumed = arrays("whole.npz"), arrays("part.npz")
+    assert whole.keys() == resumed.keys()
+    assert all(np.array_equal(whole[key], resumed[key]) for key in whole)
+    assert pathlib.Path("whole.csv").read_text() == pathlib.Path("part.csv").read_text()
+
+
+def test_same_seed_same_bits_and_another_seed_others(folder):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        command(*QUICK, "--seed", seed, "--save", f"{name}.npz")
+    a, b, c = (arrays(f"{name}.npz")["theta"] for name in "abc")
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_a_log_goes_on_after_the_checkpoint_it_resumes(folder, monkeypatch):
+    monkeypatch.setattr(maml, "LOG_EVERY", 10)
+    command(*QUICK, "--iterations", 60, "--log", "whole.csv")
+    command(*QUICK, "--iterations", 30, "--save", "a.npz", "--log", "a.csv")
+    with open("a.csv", "a") as file:
+        file.write("40,9,9,9\n50,9,")
+    command("--resume", "a.npz", "--iterations", 60, "--log", "a.csv")
+    assert pathlib.Path("a.csv").read_text() == pathlib.Path("whole.csv").read_text()
+
+
+def test_ctrl_c_saves_says_how_to_resume_and_exits_130(folder):
+    process = subprocess.Popen(
+        [sys.executable, HERE / "maml.py", "--task", "sinusoid", "--save", "a.npz"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not (folder / "a.npz").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        stderr = process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "--resume a.npz" in stderr and "Traceback" not in stderr
+    assert int(arrays("a.npz")["iteration"]) == int(re.search(r"iteration (\d+)", stderr)[1])
+
+
+def test_a_diverging_run_stops_names_the_iteration_and_keeps_the_checkpoint(folder, capsys, monkeypatch):
+    monkeypatch.setattr(maml, "SAVE_EVERY", 1)
+    assert command(*QUICK, "--beta", 100, "--save", "a.npz") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    stopped = int(re.search(r"at iteration (\d+).*--alpha or --beta.*a.npz", message)[1])
+    saved = arrays("a.npz")
+    assert int(saved["iteration"]) == stopped - 1 and np.isfinite(saved["theta"]).all()
+
+
+def test_evaluation_may_fine_tune_at_another_rate_and_survives_divergence(folder, capsys):
+    command(*QUICK, "--baseline", "pretrained", "--save", "a.npz")
+    with np.errstate(all="raise"):
+        assert command("--evaluate", "a.npz", "--alpha", 1e6, "--eval-tasks", 8, "--eval-steps", 9) == 0
+    assert re.search(r"inf ± inf  inf  8", capsys.readouterr().out)
+
+
+def checkpoint(path, **changes):
+    """A good checkpoint with some of its arrays replaced."""
+    command(*QUICK, "--save", path)
+    saved = arrays(path)
+    change = {**json.loads(str(saved["settings"])), **changes.pop("settings", {})}
+    np.savez(path, **{**saved, "settings": json.dumps(change), **changes})
+
+
+BAD = [
+    ("--task nothing", "nothing"),
+    ("--task sinusoid --method nothing", "nothing"),
+    ("--task sinusoid --nothing", "--nothing"),
+    ("", "--task is missing"),
+    *[
+        (f"--task sinusoid --{flag} {value}", f"--{flag}.*{value}")
+        for flag in "shots query steps meta-batch iterations eval-tasks eval-steps eval-shots".split()
+        for value in ("0", "-1", "1.5", "many")
+    ],
+    *[
+        (f"--task sinusoid --{flag}={value}", f"--{flag}.*{value}")
+        for flag in ("alpha", "beta")
+        for value in ("-0.1", "inf", "nan", "x")
+    ],
+    ("--task sinusoid --seed -1", "--seed"),
+    ("--task sinusoid --dtype float16", "float16"),
+    ("--task sinusoid --method maml --baseline random", "not allowed with"),
+    ("--evaluate good.npz --resume good.npz", "--resume does not go"),
+    ("--evaluate good.npz --save b.npz", "--save does not go"),
+    ("--evaluate good.npz --iterations 5", "--iterations does not go"),
+    ("--evaluate good.npz --method anil", "trained with method maml, not anil"),
+    ("--resume good.npz --alpha 0.5", "trained with alpha 0.01, not 0.5"),
+    ("--resume good.npz --iterations 10", "at iteration 40"),
+    ("--task sinusoid --save nowhere/a.npz", "nowhere/a.npz"),
+    ("--task sinusoid --save afile/a.npz", "afile/a.npz"),
+    ("--task sinusoid --save .", "is a folder"),
+    ("--task sinusoid --log nowhere/a.csv", "nowhere/a.csv"),
+    ("--task sinusoid --results nowhere/a.csv", "nowhere/a.csv"),
+    ("--evaluate missing.npz", "no such file"),
+    ("--evaluate afile", "not a whole checkpoint"),
+    ("--evaluate empty", "not a whole checkpoint"),
+    ("--evaluate cut.npz", "not a whole checkpoint"),
+    ("--resume cut.npz", "not a whole checkpoint"),
+    ("--evaluate other.npz", "not a whole checkpoint"),
+    ("--evaluate pickled.npz", "not a whole checkpoint"),
+    ("--evaluate task.npz", "invalid choice: 'omelette'"),
+    ("--evaluate shape.npz", r"theta is float32 \(5,\); expected float32 \(1761,\)"),
+    ("--evaluate dtype.npz", "theta is float64.*expected float32"),
+    ("--evaluate extra.npz", "not a whole checkpoint"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a good checkpoint and many bad ones."""
+    folder = tmp_path_factory.mktemp("files")
+    good = str(folder / "good.npz")
+    checkpoint(good)
+    (folder / "afile").write_text("hello")
+    (folder / "empty").write_bytes(b"")
+    (folder / "cut.npz").write_bytes((folder / "good.npz").read_bytes()[:-300])
+    np.savez(folder / "other.npz", weights=np.ones(3))
+    np.savez(folder / "pickled.npz", theta=np.array([{}], object), settings="{}")
+    checkpoint(str(folder / "task.npz"), settings={"task": "omelette"})
+    checkpoint(str(folder / "extra.npz"), settings={"help": ""})
+    checkpoint(str(folder / "shape.npz"), theta=np.ones(5, np.float32))
+    checkpoint(str(folder / "dtype.npz"), theta=np.ones(1761))
+    return folder
+
+
+@pytest.mark.parametrize("words, message", BAD)
+def test_bad_use_is_one_line_and_exit_code_2_and_changes_nothing(files, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(maml, "train", lambda *_: pytest.fail("training began"))
+    before = contents(files)
+    assert command(*shlex.split(words)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "Traceback" not in err
+    assert re.search(message, err)
+    assert contents(files) == before
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that not even root may write to")
+def test_a_read_only_folder_is_found_out_before_training(capsys, monkeypatch):
+    monkeypatch.setattr(maml, "train", lambda *_: pytest.fail("training began"))
+    assert command("--task", "sinusoid", "--save", "/proc/self/a.npz") == 2
+    assert "/proc/self/a.npz: cannot write there" in capsys.readouterr().err
+
+
+def test_help_gives_every_flag_with_its_default():
+    words = [sys.executable, HERE / "maml.py", "--help"]
+    out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    numbers = "shots query steps alpha beta meta-batch iterations eval-tasks eval-steps eval-shots seed dtype method"
+    files = "task baseline save resume evaluate log results plot"
+    for flag in (numbers + " " + files).split():
+        assert f"--{flag} " in out
+    helps = {action.dest.replace("_", "-"): action.help for action in maml.build_parser()._actions}
+    assert all("default: " in helps[flag] for flag in numbers.split())
+
+
+def test_plot_draws_a_picture(folder):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    assert (
+        command(*QUICK, "--save", "a.npz")
+        == command(*QUICK, "--baseline", "pretrained", "--save", "b.npz")
+        == 0
+    )
+    assert command("--evaluate", "a.npz", "b.npz", "--eval-tasks", 8, "--plot", "a.png") == 0
+    assert pathlib.Path("a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert command("--evaluate", "a.npz", "--plot", "a.xyz") == 2
+
+
+def test_plot_without_matplotlib_says_what_to_install(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert command(*QUICK, "--plot", "a.png") == 2
+    assert "pip install matplotlib" in capsys.readouterr().err and not list(folder.iterdir())
+
+
+def test_short_training_learns_to_adapt(folder, capsys):
+    """1,500 meta-iterations halve the error in one step; a net that is not adapted cannot go below 3.0057."""
+    words = [
+        "--task",
+        "sinusoid",
+        "--iterations",
+        1500,
+        "--beta",
+        0.003,
+        "--eval-shots",
+        10,
+        "--results",
+        "a.csv",
+    ]
+    assert command(*words) == 0
+    with open("a.csv") as file:
+        means = [float(row["mean"]) for row in csv.DictReader(file)]
+    assert means[0] > 2.5 and means[1] < 1.7 and means[10] < 1.4
+
+
+# The README ------------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_readme_quotes_the_source():
+    page = next(block for block in blocks("python") if block.startswith("def adapt"))
+    functions = (maml.adapt, maml.meta_loss, maml.meta_gradient)
+    assert page == "\n\n".join(inspect.getsource(function) for function in functions)
+
+
+def test_readme_examples_run():
+    for block in blocks("python"):
+        if not block.startswith("def adapt"):
+            exec(block, {})
+
+
+def test_readme_commands_are_understood():
+    lines = [
+        line.split("#")[0].split("&&")[-1].strip() for block in blocks("bash") for line in block.splitlines()
+    ]
+    commands = [shlex.split(line)[2:] for line in lines if line.startswith("python maml.py")]
+    assert len(commands) > 8
+    for words in commands:
+        if "--help" not in words:
+            maml.build_parser().parse_args(words)
+
+
+def test_readme_counts_lines():
+    for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE):
+        assert len((HERE / name).read_text().splitlines()) == int(lines), name
+
+
+def test_every_module_is_licensed():
+    for path in HERE.glob("*.py"):
+        assert path.read_text().startswith("# SPDX-License-Identifier: MIT\n")
