@@ -301,6 +301,7 @@ PAPER = {
 EVAL_QUERY = 100  # query points of a test task: the figure is the paper's, with less noise
 DIVERGED = 100.0  # four times the largest amplitude squared
 LOG_EVERY, SAVE_EVERY = 500, 1000  # meta-iterations
+STREAMS = ("training", "test", "validation", "init")
 REPTILE_STEPS = 10  # with one inner step Reptile is joint training
 
 
@@ -319,9 +320,13 @@ class Experiment:
         """A meta-batch for training."""
         return self.draw(rng, self.settings["meta_batch"], self.settings["shots"], self.settings["query"])
 
-    def start(self, rng):
+    def stream(self, purpose):
+        """The seed's generator for one purpose, so that all methods meet the same tasks."""
+        return np.random.default_rng([self.settings["seed"], STREAMS.index(purpose)])
+
+    def start(self):
         """What is learned, at the start: theta [P], and for Meta-SGD its alpha [P] behind it."""
-        theta = self.network.init(rng, self.settings["dtype"])
+        theta = self.network.init(self.stream("init"), self.settings["dtype"])
         alpha = np.full(self.size - len(theta), self.settings["alpha"], theta.dtype)
         return State.start(np.concatenate([theta, alpha]))
 
@@ -351,10 +356,10 @@ class Experiment:
             return np.split(learned, 2)
         return learned, self.inner_rate()
 
-    def curve(self, learned, rng, tasks, shots, query, steps):
+    def curve(self, learned, tasks, shots, query, steps):
         """Query losses [steps + 1, tasks] of unseen tasks after 0 ... steps inner steps."""
         theta, alpha = self.adaptation(learned)
-        return evaluate(self.loss, theta, *self.draw(rng, tasks, shots, query), alpha, steps)
+        return evaluate(self.loss, theta, *self.draw(self.stream("test"), tasks, shots, query), alpha, steps)
 
 
 # Files -----------------------------------------------------------------------------------------
@@ -629,8 +634,8 @@ def run(args):
             experiment = Experiment(settings)
         else:
             experiment = Experiment(settings_of(args))
-            rng = np.random.default_rng(experiment.settings["seed"])
-            state = experiment.start(rng)
+            rng = experiment.stream("training")
+            state = experiment.start()
         state, finished = meta_train(experiment, state, rng, args.save or args.resume, args.log)
         if not finished:
             return 130
@@ -643,8 +648,7 @@ def meta_train(experiment, state, rng, save, log):
     """`train` with checkpoints, learning curve, progress and Ctrl-C: -> last state, whether it finished."""
     settings, finished = experiment.settings, True
     iterations = settings["iterations"] if experiment.method != "random" else state.iteration
-    validation = np.random.default_rng([settings["seed"], 2])
-    others = experiment.draw(validation, 100, settings["shots"], settings["query"])
+    others = experiment.draw(experiment.stream("validation"), 100, settings["shots"], settings["query"])
     log = log and Log(log, state.iteration)
     progress = Progress(state.iteration, iterations)
     interrupted = []
@@ -795,10 +799,10 @@ def plot(models, curves, path):
     for row, (experiment, learned) in enumerate(models):
         shots, line = experiment.settings["shots"], np.linspace(-5, 5, 200)
         theta, alpha = experiment.adaptation(learned)
-        support, query = experiment.draw(np.random.default_rng([7, 1]), tasks_shown, shots, len(line))
+        support, query = experiment.draw(experiment.stream("test"), tasks_shown, shots, len(line))
         shown = query[0].copy()
         shown[..., 0] = line
-        _, (latent, _) = tasks.sinusoid(np.random.default_rng([7, 1]), tasks_shown, shots, 1, oracle=True)
+        _, (latent, _) = tasks.sinusoid(experiment.stream("test"), tasks_shown, shots, 1, oracle=True)
         for column in range(tasks_shown):
             axes = canvas.add_subplot(grid[row, column])
             axes.plot(
@@ -839,9 +843,8 @@ def plot(models, curves, path):
     axes.set(xlabel="gradient steps", ylabel="query MSE", yscale="log")
     axes.set_ylim(top=min(axes.get_ylim()[1], 3 * max(rows[0]["mean"] for _, _, rows in curves)))
     axes.set_title("error on unseen tasks, mean and 95 % interval", loc="left", fontsize=10)
-    axes.legend(
-        fontsize=8, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False
-    )
+    lines = axes.get_legend_handles_labels()
+    canvas.legend(*lines, fontsize=8, ncols=len(methods), loc="outside lower right", frameon=False)
     picture = io.BytesIO()
     canvas.savefig(picture, format=os.path.splitext(path)[1].lstrip("."), dpi=110)
     write_file(path, picture.getvalue())
