@@ -171,9 +171,8 @@ def header():
             cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     print(f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(versions)}")
-    print(
-        f"{blas['name']} {blas['version']}, OPENBLAS_NUM_THREADS {os.environ.get('OPENBLAS_NUM_THREADS', 'unset')}"
-    )
+    threads = os.environ.get("OPENBLAS_NUM_THREADS", "unset")
+    print(f"{blas['name']} {blas['version']}, OPENBLAS_NUM_THREADS {threads}")
     print("milliseconds a call; × is how many times ours is as fast\n")
     print(f"{'':<38}{'ours':>9}  {'definition':>17}  {'torch.func':>17}  {'JAX (jit)':>17}")
 

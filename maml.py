@@ -725,10 +725,7 @@ def report(models, args):
         table = TASKS[settings["task"]]
         asked = {key: getattr(args, key) or table[key] for key in ("eval_tasks", "eval_steps", "eval_shots")}
         for shots in asked["eval_shots"]:
-            rng = np.random.default_rng([settings["seed"], 1])
-            values = experiment.curve(
-                learned, rng, asked["eval_tasks"], shots, EVAL_QUERY, asked["eval_steps"]
-            )
+            values = experiment.curve(learned, asked["eval_tasks"], shots, EVAL_QUERY, asked["eval_steps"])
             curves.append((settings["method"], shots, [summarize(v, DIVERGED) for v in values]))
             rows += [
                 {

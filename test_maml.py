@@ -678,7 +678,8 @@ def test_a_read_only_folder_is_found_out_before_training(capsys, monkeypatch):
 def test_help_gives_every_flag_with_its_default():
     words = [sys.executable, HERE / "maml.py", "--help"]
     out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    numbers = "shots query steps alpha beta meta-batch iterations eval-tasks eval-steps eval-shots seed dtype method"
+    numbers = "shots query steps alpha beta meta-batch iterations seed dtype method"
+    numbers += " eval-tasks eval-steps eval-shots"
     files = "task baseline save resume evaluate log results plot"
     for flag in (numbers + " " + files).split():
         assert f"--{flag} " in out
