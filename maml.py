@@ -230,13 +230,9 @@ def mean_over_chunks(outer_gradient, theta, support, query, chunk=None, map=map)
         return outer_gradient(theta, support, query)
     cuts = [slice(start, start + chunk) for start in range(0, count, chunk)]
     parts = [tuple(tuple(array[cut] for array in pair) for pair in (support, query)) for cut in cuts]
-    results = map(partial(outer_gradient, theta), *zip(*parts))
     weights = [len(part[0][0]) / count for part in parts]
-    return tuple(map_sum(weights, column) for column in zip(*results))
-
-
-def map_sum(weights, values):
-    return sum(weight * value for weight, value in zip(weights, values))
+    results = map(partial(outer_gradient, theta), *zip(*parts))
+    return tuple(sum(w * part for w, part in zip(weights, column)) for column in zip(*results))
 
 
 def evaluate(loss, theta, support, query, alpha, steps, metric=None):
@@ -471,6 +467,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def count(text):
+    """A flag's value as a whole number, 1 or more."""
     number = int(text)
     if number < 1:
         raise ValueError
@@ -478,6 +475,7 @@ def count(text):
 
 
 def seed(text):
+    """A flag's value as a whole number, 0 or more."""
     number = int(text)
     if number < 0:
         raise ValueError
@@ -485,6 +483,7 @@ def seed(text):
 
 
 def rate(text):
+    """A flag's value as a finite number, 0 or more."""
     number = float(text)
     if not 0 <= number < np.inf:
         raise ValueError
@@ -515,6 +514,7 @@ EVALUATION = (
 
 
 def build_parser():
+    """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
     parser = Parser(
         prog="maml.py",
         allow_abbrev=False,
@@ -586,6 +586,7 @@ def settings_of(args):
 
 
 def defaults(task, method):
+    """{setting: value} where no flag is given."""
     table = {key: TASKS[task][key] for key in SETTING_KEYS if key in TASKS[task]} | {
         "seed": 0,
         "dtype": "float32",
@@ -750,6 +751,7 @@ def report(models, args):
 
 
 def print_table(settings, asked, curves):
+    """One model's table: a row a gradient step, a column a support size, and the paper's figures."""
     task, method = settings["task"], settings["method"]
     print(f"\n{task}, {method}, seed {settings['seed']}, {settings['iterations']} meta-iterations")
     print(f"query MSE of {asked['eval_tasks']} unseen tasks: mean ± 95 % interval, median, ", end="")
@@ -768,10 +770,12 @@ def print_table(settings, asked, curves):
 
 
 def figure(number):
+    """A number in seven places."""
     return f"{number:.3f}" if number < 1000 else f"{number:.1e}"
 
 
 def check_plotting(path):
+    """Unusable where matplotlib is missing or does not know the kind of picture."""
     try:
         from matplotlib import backend_bases
     except ImportError:
