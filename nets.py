@@ -17,6 +17,8 @@ What the last pass writes, for v in parameter space, is the Hessian-vector produ
 reverse, at the cost of two gradients and with no pass repeated.
 """
 
+import math
+
 import autograd.numpy as anp
 import numpy as np
 from autograd.extend import defvjp, primitive
@@ -40,7 +42,7 @@ class Network:
     def __init__(self, layers, inputs, outputs):
         self.layers, self.inputs, self.outputs = layers, inputs, outputs
         self.shapes = {name: shape for layer in layers for name, shape in layer.shapes.items()}
-        self.sizes = [int(np.prod(layer.view)) for layer in layers]
+        self.sizes = [math.prod(layer.view) for layer in layers]
         self.size = sum(self.sizes)
 
     def init(self, rng, dtype=np.float32):
@@ -51,7 +53,7 @@ class Network:
         """theta [P] or [T, P] -> {name: array [..., *shape]}, views of theta; autograd can trace it."""
         arrays, start = {}, 0
         for name, shape in self.shapes.items():
-            stop = start + int(np.prod(shape))
+            stop = start + math.prod(shape)
             arrays[name] = anp.reshape(theta[..., start:stop], theta.shape[:-1] + shape)
             start = stop
         return arrays
@@ -100,10 +102,10 @@ class Network:
         return x, backward
 
     def _views(self, theta):
-        """theta [P] or [T, P] -> the parameters of each layer as its closed form wants them."""
+        """theta [P] or [T, P] -> the parameters of each layer (0 for none) as its closed form wants them."""
         views, start = [], 0
         for layer, size in zip(self.layers, self.sizes):
-            views.append(theta[..., start : start + size].reshape(theta.shape[:-1] + layer.view))
+            views.append(size and theta[..., start : start + size].reshape(theta.shape[:-1] + layer.view))
             start += size
         return views
 
@@ -112,7 +114,7 @@ class Network:
             raise ValueError(
                 f"theta has shape {theta.shape}; expected ({self.size},) or (tasks, {self.size})"
             )
-        if x.ndim < 3 or np.prod(x.shape[2:]) != np.prod(self.inputs):
+        if x.ndim < 3 or math.prod(x.shape[2:]) != math.prod(self.inputs):
             raise ValueError(f"x has shape {x.shape}; expected (tasks, examples, *{self.inputs})")
         if theta.ndim == 2 and len(theta) != len(x):
             raise ValueError(f"theta has shape {theta.shape} and x {x.shape}: different numbers of tasks")
@@ -313,10 +315,11 @@ class SquaredError:
         return anp.mean((out - y) ** 2, axis=tuple(range(1, y.ndim)))
 
     def expand(self, out, y):
-        residual = (out - y).reshape(len(y), -1)
-        scale = 2 / residual.shape[1]
+        residual = out - y
+        scale = 2 / residual[0].size
         u = scale * residual
-        return np.vecdot(u, residual) / 2, u.reshape(y.shape), lambda d_out: scale * d_out
+        value = np.vecdot(u.reshape(len(y), -1), residual.reshape(len(y), -1)) / 2
+        return value, u, lambda d_out: scale * d_out
 
 
 class CrossEntropy:
