@@ -171,14 +171,14 @@ def header():
             cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     print(f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(versions)}")
-    threads = os.environ.get("OPENBLAS_NUM_THREADS", "unset")
-    print(f"{blas['name']} {blas['version']}, OPENBLAS_NUM_THREADS {threads}")
+    print(f"{blas['name']} {blas['version']}, one thread; PyTorch and JAX as they come")
     print("milliseconds a call; × is how many times ours is as fast\n")
     print(f"{'':<38}{'ours':>9}  {'definition':>17}  {'torch.func':>17}  {'JAX (jit)':>17}")
 
 
 def main():
     header()
+    maml.one_blas_thread()  # as the command does; PyTorch and JAX have thread pools of their own
     rng = np.random.default_rng(0)
     loss = nets.mean_squared_error(nets.mlp((1, 40, 40, 1)))
     theta = (0.3 * rng.normal(size=loss.network.size)).astype(np.float32)

@@ -9,6 +9,7 @@ autograd.numpy for theta [T, P]. Where it carries closed forms (`expand` as in n
 
 import argparse
 import csv
+import ctypes
 import io
 import json
 import os
@@ -233,6 +234,18 @@ def mean_over_chunks(outer_gradient, theta, support, query, chunk=None, map=map)
     weights = [len(part[0][0]) / count for part in parts]
     results = map(partial(outer_gradient, theta), *zip(*parts))
     return tuple(sum(w * part for w, part in zip(weights, column)) for column in zip(*results))
+
+
+def one_blas_thread():
+    """Keeps the OpenBLAS that NumPy's wheels bring to one thread; does nothing where there is another.
+
+    A task's products are too small to share between cores, and where another process has one of the cores
+    OpenBLAS's threads wait for each other up to 50 times as long as one takes. What runs
+    in parallel is chunks of tasks.
+    """
+    library = ctypes.CDLL(np.linalg._umath_linalg.__file__)
+    if hasattr(library, "scipy_openblas_set_num_threads64_"):
+        library.scipy_openblas_set_num_threads64_(1)
 
 
 def evaluate(loss, theta, support, query, alpha, steps, metric=None):
@@ -853,6 +866,7 @@ def plot(models, curves, path):
 
 def main(argv=None):
     """Runs the command line: -> exit code."""
+    one_blas_thread()
     try:
         with np.errstate(all="ignore"):
             return run(build_parser().parse_args(argv))

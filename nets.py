@@ -140,12 +140,54 @@ def mlp(sizes, normalize=False):
     return Network(layers, (sizes[0],), (sizes[-1],))
 
 
-def truncated_normal(rng, std, shape):
-    """Draws of N(0, std²), those beyond 2 std drawn again (so their deviation is 0.88 std)."""
+def convnet(shape, ways, filters=64, pool=False):
+    """Four blocks of convolution, batch norm and ReLU, then a linear layer; shape (height, width, channels).
+
+    Without `pool` (Omniglot) the convolutions have stride 2, and the last block's output is averaged over
+    space. With `pool` (MiniImagenet) they have stride 1, each block ends in a 2x2 max pool, and the last
+    layer reads all that is left. theta is conv1 beta1 ... conv4 beta4 w b. Initial weights are the authors':
+    Glorot uniform, but a standard normal after the mean over space; the rest zero.
+    """
+    height, width, inputs = shape
+    layers = []
+    for i in range(1, 5):
+        if pool:
+            layers += [
+                Conv(inputs, filters, f"conv{i}", stride=1, first=i == 1),
+                PooledBatchNorm(filters, f"beta{i}"),
+            ]
+            height, width = height // 2, width // 2
+        else:
+            layers += [
+                Conv(inputs, filters, f"conv{i}", stride=2, first=i == 1),
+                BatchNorm(filters, f"beta{i}"),
+            ]
+        layers += [Relu()]
+        inputs = filters
+    if pool:
+        layers += [Flatten(), Dense(height * width * filters, ways, ("w", "b"), glorot_uniform)]
+    else:
+        layers += [SpatialMean(), Dense(filters, ways, ("w", "b"), standard_normal)]
+    return Network(layers, tuple(shape), (ways,))
+
+
+def truncated_normal(rng, shape):
+    """Draws of N(0, 0.01²), those beyond two deviations drawn again (so theirs is 0.0088)."""
     draws = rng.normal(size=shape)
     while (far := np.abs(draws) > 2).any():
         draws[far] = rng.normal(size=far.sum())
-    return std * draws
+    return 0.01 * draws
+
+
+def standard_normal(rng, shape):
+    """Draws of N(0, 1)."""
+    return rng.normal(size=shape)
+
+
+def glorot_uniform(rng, shape):
+    """Draws of U(-a, a), a² = 6 / (fan in + fan out), shape = (*receptive field, inputs, outputs)."""
+    fans = np.prod(shape[:-2]) * (shape[-2] + shape[-1])
+    return rng.uniform(-1, 1, shape) * np.sqrt(6 / fans)
 
 
 # Layers ----------------------------------------------------------------------------------------
@@ -185,14 +227,14 @@ class Dense:
     takes no gradient of x.
     """
 
-    def __init__(self, inputs, outputs, names, std=0.01, first=False):
-        self.bias, self.std, self.first = len(names) == 2, std, first
+    def __init__(self, inputs, outputs, names, draw=truncated_normal, first=False):
+        self.bias, self.draw, self.first = len(names) == 2, draw, first
         self.shapes = dict(zip(names, [(inputs, outputs), (outputs,)]))
         self.view = (inputs + self.bias, outputs)
 
     def init(self, rng):
         w, *b = self.shapes.values()
-        return np.concatenate([truncated_normal(rng, self.std, w).ravel(), *map(np.zeros, b)])
+        return np.concatenate([self.draw(rng, w).ravel(), *map(np.zeros, b)])
 
     def apply(self, x, w, b=None):
         out = anp.matmul(x, w)
@@ -300,7 +342,232 @@ class BatchNorm:
 
 
 def _mean(x):
-    return x.mean(axis=1, keepdims=True)
+    return _sum(x) * x.dtype.type(1 / x.shape[1])
+
+
+def _sum(x):
+    """Over axis 1, kept, as a matrix product: faster than NumPy's reduction of this axis."""
+    return np.ones((1, x.shape[1]), x.dtype) @ x
+
+
+class Conv:
+    """out = the 3x3 convolution of x with w, "SAME" zero padding, no bias.
+
+    x [T, n, h, w, inputs] -> [T, n, ⌈h / stride⌉, ⌈w / stride⌉, outputs]; w [3, 3, inputs, outputs]. The
+    closed form is out = a w with a = unfold(x), the patches of 3x3 pixels as rows; dL/dx = unfoldᵀ(u wᵀ).
+    """
+
+    def __init__(self, inputs, outputs, name, stride, first=False):
+        self.stride, self.first = stride, first
+        self.shapes, self.view = {name: (3, 3, inputs, outputs)}, (9 * inputs, outputs)
+
+    def init(self, rng):
+        return np.concatenate([glorot_uniform(rng, shape).ravel() for shape in self.shapes.values()])
+
+    def apply(self, x, w):
+        (height, top, bottom), (width, left, right) = (_same(size, self.stride) for size in x.shape[2:4])
+        x = anp.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right), (0, 0)), "constant")
+        rows = [slice(i, i + self.stride * (height - 1) + 1, self.stride) for i in range(3)]
+        columns = [slice(j, j + self.stride * (width - 1) + 1, self.stride) for j in range(3)]
+        patches = anp.concatenate([x[:, :, i, j] for i in rows for j in columns], axis=-1)
+        w = anp.reshape(w, w.shape[:-4] + (1,) * (w.ndim - 4) * 2 + self.view)
+        return anp.matmul(patches, w)
+
+    def forward(self, w, x):
+        a, wt, stride, shape = _unfold(x, self.stride), w.swapaxes(-1, -2), self.stride, x.shape
+        out = _times(a, w)
+        out_shape = (*shape[:2], -(-shape[2] // stride), -(-shape[3] // stride), w.shape[-1])
+
+        def backward(u, g):
+            u = u.reshape(out.shape)
+            _transposed_times(a, u, g)
+
+            def tangent(v, dx):
+                d_out = _times(a, v)
+                if not self.first:
+                    da = _unfold(dx, stride)
+                    d_out += _times(da, w)
+
+                def finish(du, h):
+                    du = du.reshape(out.shape)
+                    _transposed_times(a, du, h)
+                    if self.first:
+                        return None
+                    h += _transposed_times(da, u, np.empty_like(h))
+                    below = _times(du, wt)
+                    below += _times(u, v.swapaxes(-1, -2))
+                    return _fold(below, shape, stride)
+
+                return d_out.reshape(out_shape), finish
+
+            return None if self.first else _fold(_times(u, wt), shape, stride), tangent
+
+        return out.reshape(out_shape), backward
+
+
+def _same(size, stride):
+    """TensorFlow's "SAME" padding for three taps: -> output size, zeros before, zeros after."""
+    out = -(-size // stride)
+    total = max((out - 1) * stride + 3 - size, 0)
+    return out, total // 2, total - total // 2
+
+
+def _unfold(x, stride):
+    """x [T, n, h, w, c] -> its zero-padded 3x3 patches as rows, [T, n·out h·out w, 9 c]."""
+    tasks, n, h, w, c = x.shape
+    (height, top, bottom), (width, left, right) = _same(h, stride), _same(w, stride)
+    padded = np.zeros((tasks, n, top + h + bottom, left + w + right, c), x.dtype)
+    padded[:, :, top : top + h, left : left + w] = x
+    st = padded.strides
+    patches = np.lib.stride_tricks.as_strided(
+        padded,
+        (tasks, n, height, width, 3, 3 * c),
+        (st[0], st[1], stride * st[2], stride * st[3], st[2], st[4]),
+    )
+    return patches.reshape(tasks, n * height * width, 9 * c)
+
+
+def _fold(a, shape, stride):
+    """The adjoint of `_unfold`: each pixel of x's shape sums what the patches hold of it."""
+    tasks, n, h, w, c = shape
+    (height, top, bottom), (width, left, right) = _same(h, stride), _same(w, stride)
+    padded = np.zeros((tasks, n, top + h + bottom, left + w + right, c), a.dtype)
+    a = a.reshape(tasks, n, height, width, 3, 3, c)
+    for i in range(3):
+        for j in range(3):
+            stop, end = i + stride * (height - 1) + 1, j + stride * (width - 1) + 1
+            padded[:, :, i:stop:stride, j:end:stride] += a[..., i, j, :]
+    return padded[:, :, top : top + h, left : left + w]
+
+
+class PooledBatchNorm:
+    """out = the 2x2 max pool of BatchNorm(x), stride 2, a last odd row or column dropped.
+
+    x [T, n, h, w, channels] -> [T, n, ⌊h/2⌋, ⌊w/2⌋, channels]. Batch norm increases in x, so that the pool
+    may come first and the normalisation touch a quarter of the numbers. Ties share the gradient.
+    """
+
+    def __init__(self, channels, name):
+        self.norm = BatchNorm(channels, name)
+        self.shapes, self.view = self.norm.shapes, self.norm.view
+
+    def init(self, rng):
+        return np.zeros(self.view)
+
+    def apply(self, x, beta):
+        x = self.norm.apply(x, beta)
+        tasks, n, h, w, c = x.shape
+        quads = anp.reshape(x[:, :, : h // 2 * 2, : w // 2 * 2], (tasks, n, h // 2, 2, w // 2, 2, c))
+        return anp.max(quads, axis=(3, 5))
+
+    def forward(self, beta, x):
+        tasks, n, h, w, c = shape = x.shape
+        x = x.reshape(tasks, -1, c)
+        mean = _mean(x)
+        x = x - mean
+        r = 1 / np.sqrt(_mean(x * x) + x.dtype.type(0.001))
+        pool = _Pool(x.reshape(shape))
+        m = pool.out.reshape(tasks, -1, c)
+        count = h * w * n
+        size = pool.out.shape
+
+        def backward(u, g):
+            u = u.reshape(m.shape)
+            total = _sum(u)
+            g[...] = total[:, 0]
+            mu = total / count
+            q = _sum(u * m) * (r * r / count)
+            below = pool.scatter(u.reshape(size)).reshape(x.shape)
+            below = r * (below - mu - x * q)
+
+            def tangent(v, dx):
+                dx = dx.reshape(x.shape)
+                dx = dx - _mean(dx)
+                dm = pool.gather(dx.reshape(shape)).reshape(m.shape)
+                e = _mean(dx * x) * (r * r)
+                dr = -r * e
+                d_out = r * dm + dr * m
+
+                def finish(du, h):
+                    du = du.reshape(m.shape)
+                    total = _sum(du)
+                    h[...] = total[:, 0] if h.ndim == 2 else total.sum(axis=(0, 1))
+                    dq = (_sum(du * m) + _sum(u * dm)) * (r * r / count)
+                    dq -= 2 * e * q
+                    d_below = pool.scatter(du.reshape(size)).reshape(x.shape)
+                    return (r * (d_below - total / count - dx * q - x * dq) - e * below).reshape(shape)
+
+                return (d_out + v[:, None]).reshape(size), finish
+
+            return below.reshape(shape), tangent
+
+        return (m * r + beta[..., None, :]).reshape(size), backward
+
+
+class _Pool:
+    """Where the maxima of x's 2x2 blocks are, as weights that sum to one in a block."""
+
+    def __init__(self, x):
+        self.shape = x.shape
+        quads = self._quads(x)
+        self.out = np.maximum(np.maximum(quads[0], quads[1]), np.maximum(quads[2], quads[3]))
+        masks = [(q == self.out).astype(x.dtype) for q in quads]
+        count = 1 / (masks[0] + masks[1] + masks[2] + masks[3])
+        self.masks = [mask * count for mask in masks]
+
+    def _quads(self, x):
+        h, w = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+        return [x[:, :, i:h:2, j:w:2] for i in range(2) for j in range(2)]
+
+    def gather(self, x):
+        return sum(mask * q for mask, q in zip(self.masks, self._quads(x)))
+
+    def scatter(self, u):
+        x = np.zeros(self.shape, u.dtype)
+        for mask, q in zip(self.masks, self._quads(x)):
+            q[...] = mask * u
+        return x
+
+
+class SpatialMean:
+    """out = mean of x over space: [T, n, h, w, c] -> [T, n, c]. Linear, and so is every pass."""
+
+    shapes, view = {}, (0,)
+
+    def init(self, rng):
+        return np.zeros(0)
+
+    def apply(self, x):
+        return anp.mean(x, axis=(2, 3))
+
+    def forward(self, _, x):
+        area = x.shape[2] * x.shape[3]
+
+        def spread(u, _):
+            return np.broadcast_to((u / area)[:, :, None, None], x.shape)
+
+        def tangent(_, dx):
+            return dx.mean(axis=(2, 3)), spread
+
+        return x.mean(axis=(2, 3)), lambda u, _: (spread(u, _), tangent)
+
+
+class Flatten:
+    """out = x with its axes of space and channels as one: [T, n, h, w, c] -> [T, n, h·w·c]."""
+
+    shapes, view = {}, (0,)
+
+    def init(self, rng):
+        return np.zeros(0)
+
+    def apply(self, x):
+        return anp.reshape(x, x.shape[:2] + (-1,))
+
+    def forward(self, _, x):
+        def tangent(_, dx):
+            return self.apply(dx), lambda du, _: du.reshape(x.shape)
+
+        return self.apply(x), lambda u, _: (u.reshape(x.shape), tangent)
 
 
 # Losses ----------------------------------------------------------------------------------------

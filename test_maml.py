@@ -191,6 +191,150 @@ def test_init_is_the_authors_truncated_normal():
     assert abs(w.std() / 0.0087963 - 1) < 0.01  # a normal of deviation 0.01 cut at two deviations
 
 
+# Convolutional networks ------------------------------------------------------------------------
+
+
+def image_problem(seed, shape, ways, filters, pool, tasks, n, shared):
+    rng = np.random.default_rng(seed)
+    loss = nets.cross_entropy(nets.convnet(shape, ways, filters, pool))
+    theta = loss.network.init(rng, np.float64)
+    theta = theta + 0.1 * rng.normal(size=theta.shape if shared else (tasks, theta.size))
+    x = rng.normal(size=(tasks, n, *shape))
+    y = np.eye(ways)[rng.integers(0, ways, (tasks, n))]
+    return loss, theta, x, y, rng.normal(size=(tasks, theta.shape[-1]))
+
+
+@st.composite
+def image_problems(draw):
+    pool = draw(st.booleans())
+    size = st.integers(16, 19) if pool else st.integers(3, 12)
+    shape = (draw(size), draw(size), draw(st.sampled_from([1, 3])))
+    ways, shots = draw(st.integers(2, 3)), draw(st.integers(1, 2))
+    shared, tasks, filters = draw(st.booleans()), draw(st.integers(1, 3)), draw(st.integers(2, 4))
+    return image_problem(draw(st.integers(0, 999)), shape, ways, filters, pool, tasks, ways * shots, shared)
+
+
+def image_definition(loss, theta, x, y, v):
+    value, g, hvp = maml.expand(hidden(loss), theta, x, y)
+    return value, g, hvp(v)
+
+
+@given(image_problems())
+def test_convolutional_closed_forms_equal_the_definition(case):
+    loss, theta, x, y, v = case
+    value, gradient, product = image_definition(loss, theta, x, y, v)
+    ours, g, hvp = loss.expand(theta, x, y)
+    before = g.copy()
+    assert error(ours, value) < 1e-12 and error(g, gradient) < 1e-10
+    assert error(hvp(v), product) < 1e-9 and error(hvp(v, total=True), product.sum(axis=0)) < 1e-9
+    assert error(hvp(v), product) < 1e-9, "a second product of the same pass"
+    assert (g == before).all()
+
+
+@pytest.mark.parametrize("pool, shape", [(False, (28, 28, 1)), (True, (20, 17, 3))])
+@pytest.mark.parametrize("shared", [True, False])
+def test_convolutional_float32_stays_float32_and_agrees(pool, shape, shared):
+    case = image_problem(3, shape, 5, 8, pool, 3, 5, shared)
+    value, gradient, product = image_definition(*case)
+    theta, x, y, v = [a.astype(np.float32) for a in case[1:]]
+    ours, g, hvp = case[0].expand(theta, x, y)
+    results = [ours, g, hvp(v), hvp(v, total=True)]
+    assert [a.dtype for a in results] == [np.float32] * 4 and case[0](theta, x, y).dtype == np.float32
+    for a, b in zip(results, [value, gradient, product, product.sum(axis=0)]):
+        assert error(a, b) < 1e-3
+
+
+def pattern(network, theta, x):
+    """Which ReLUs are on and which pixels win their pool: constant between kinks."""
+    marks, arrays = [], network.unflatten(theta)
+    for layer in network.layers:
+        if isinstance(layer, nets.Relu):
+            marks.append(x > 0)
+        if isinstance(layer, nets.PooledBatchNorm):
+            tasks, n, h, w, c = x.shape
+            z = x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(tasks, n, h // 2, 2, w // 2, 2, c)
+            marks.append(z == z.max(axis=(3, 5), keepdims=True))
+        x = layer.apply(x, *[arrays[name] for name in layer.shapes])
+    return np.concatenate([mark.ravel() for mark in marks])
+
+
+@pytest.mark.parametrize("pool, shape", [(False, (9, 6, 1)), (True, (16, 17, 3))])
+def test_convolutional_closed_forms_equal_finite_differences(pool, shape):
+    """Central differences of the closed forms along v, on a segment that crosses no kink."""
+    for seed in range(200):
+        loss, theta, x, y, v = image_problem(seed, shape, 2, 3, pool, 2, 2, shared=False)
+        v /= np.linalg.norm(v)
+        step = 1e-5
+        low, mid, high = (pattern(loss.network, theta + s * v, x) for s in (-2 * step, 0, 2 * step))
+        if (low == mid).all() and (mid == high).all():
+            break
+    else:
+        pytest.fail("no segment without kinks")
+    minus, plus = loss.expand(theta - step * v, x, y), loss.expand(theta + step * v, x, y)
+    _, gradient, hvp = loss.expand(theta, x, y)
+    slope = (plus[0] - minus[0]) / (2 * step)
+    assert error(np.vecdot(gradient, v), slope) < 1e-6
+    assert error(hvp(v), (plus[1] - minus[1]) / (2 * step)) < 1e-6
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(7, 7), (4, 9), (1, 2), (28, 3)])
+def test_convolution_and_its_adjoint(stride, size):
+    """<conv(x, w), u> = <x, convᵀ(u, w)>, and it is linear in w: <w, dL/dw>, for shared w and per task."""
+    rng = np.random.default_rng(0)
+    layer = nets.Conv(3, 4, "w", stride)
+    for lead in [(), (2,)]:
+        w, x = rng.normal(size=lead + layer.view), rng.normal(size=(2, 5, *size, 3))
+        out, backward = layer.forward(w, x)
+        assert error(out, layer.apply(x, w.reshape(lead + (3, 3, 3, 4)))) < 1e-13
+        u, g = rng.normal(size=out.shape), np.empty((2, *layer.view))
+        below, _ = backward(u, g)
+        assert np.isclose((out * u).sum(), (x * below).sum()) and np.isclose((out * u).sum(), (w * g).sum())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (7, 14), (4, 5), (2, 1)])
+def test_same_padding_is_tensorflows(stride, size):
+    """By hand: at stride 2 an even size is padded after only, everything else on both sides."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(1, 2, *size, 3)), rng.normal(size=(3, 3, 3, 4))
+    pads = [(0, 1) if stride == 2 and n % 2 == 0 else (1, 1) for n in size]
+    padded = np.pad(x, ((0, 0), (0, 0), *pads, (0, 0)))
+    out = nets.Conv(3, 4, "w", stride).apply(x, w)
+    for i, j in np.ndindex(out.shape[2:4]):
+        patch = padded[:, :, stride * i : stride * i + 3, stride * j : stride * j + 3]
+        assert error(out[:, :, i, j], np.einsum("tnhwi,hwio->tno", patch, w)) < 1e-13
+
+
+def test_sizes_of_the_convolutional_networks():
+    omniglot, mini = nets.convnet((28, 28, 1), 5), nets.convnet((84, 84, 3), 5, filters=32, pool=True)
+    assert omniglot.size == 111_749, "the paper's code adds 4 x 64 biases, which batch norm cancels"
+    assert mini.size == 32_773 - 4 * 32, "the same for 32 filters"
+    names = ["conv1", "beta1", "conv2", "beta2", "conv3", "beta3", "conv4", "beta4", "w", "b"]
+    assert list(omniglot.shapes) == list(mini.shapes) == names
+    assert omniglot.shapes["w"] == (64, 5) and mini.shapes["w"] == (800, 5)
+    assert mini.shapes["conv1"] == (3, 3, 3, 32) and mini.shapes["conv2"] == (3, 3, 32, 32)
+
+
+def test_convolutional_init_is_the_authors():
+    rng = np.random.default_rng(0)
+    omniglot, mini = nets.convnet((28, 28, 1), 20), nets.convnet((84, 84, 3), 5, filters=32, pool=True)
+    for network in omniglot, mini:
+        arrays = network.unflatten(network.init(rng, np.float64))
+        for name, (*_, inputs, outputs) in [(name, s) for name, s in network.shapes.items() if len(s) == 4]:
+            bound = np.sqrt(6 / (9 * inputs + 9 * outputs))
+            assert 0.95 * bound < np.abs(arrays[name]).max() <= bound
+        assert not any(arrays[name].any() for name in ("beta1", "beta2", "beta3", "beta4", "b"))
+        spread = 1 if network is omniglot else np.sqrt(2 / 805)
+        assert abs(arrays["w"].std() / spread - 1) < 0.06
+
+
+def test_convolutional_networks_pickle():
+    loss, theta, x, y, v = image_problem(0, (16, 16, 1), 2, 2, True, 2, 2, True)
+    again = pickle.loads(pickle.dumps(loss))
+    assert (again.hvp(theta, x, y, v) == loss.hvp(theta, x, y, v)).all()
+
+
 # The meta-gradient -----------------------------------------------------------------------------
 
 
