@@ -87,7 +87,8 @@ def unroll(loss, theta, support, alpha, steps):
     trail = []
     for _ in range(steps):
         _, g, hvp = expand(loss, theta, *support)
-        theta = theta - alpha * g
+        step = alpha * g
+        theta = np.subtract(theta, step, out=step)
         trail.append((g, hvp))
     return theta, trail
 
@@ -356,7 +357,7 @@ class Experiment:
         if self.method != "anil":
             return alpha
         rates = np.zeros(self.network.size, self.settings["dtype"])
-        rates[-self.network.sizes[-1] :] = alpha
+        rates[self.network.parts[-1][0]] = alpha
         return rates
 
     def adaptation(self, learned):

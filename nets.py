@@ -17,6 +17,7 @@ What the last pass writes, for v in parameter space, is the Hessian-vector produ
 reverse, at the cost of two gradients and with no pass repeated.
 """
 
+import itertools
 import math
 
 import autograd.numpy as anp
@@ -42,8 +43,9 @@ class Network:
     def __init__(self, layers, inputs, outputs):
         self.layers, self.inputs, self.outputs = layers, inputs, outputs
         self.shapes = {name: shape for layer in layers for name, shape in layer.shapes.items()}
-        self.sizes = [math.prod(layer.view) for layer in layers]
-        self.size = sum(self.sizes)
+        stops = [*itertools.accumulate(math.prod(layer.view or (0,)) for layer in layers)]
+        self.parts = [(slice(i, j), layer.view) for i, j, layer in zip([0, *stops], stops, layers)]
+        self.size = stops[-1]
 
     def init(self, rng, dtype=np.float32):
         """theta [P] at the start of training, drawn as each layer says."""
@@ -102,12 +104,9 @@ class Network:
         return x, backward
 
     def _views(self, theta):
-        """theta [P] or [T, P] -> the parameters of each layer (0 for none) as its closed form wants them."""
-        views, start = [], 0
-        for layer, size in zip(self.layers, self.sizes):
-            views.append(size and theta[..., start : start + size].reshape(theta.shape[:-1] + layer.view))
-            start += size
-        return views
+        """theta [P] or [T, P] -> the parameters of each layer as its closed form wants them."""
+        lead = theta.shape[:-1]
+        return [view and theta[..., cut].reshape(lead + view) for cut, view in self.parts]
 
     def _checked(self, theta, x):
         if theta.ndim not in (1, 2) or theta.shape[-1] != self.size:
@@ -201,20 +200,25 @@ def _times(a, w):
         return a * w
     if w.ndim == 3:
         return a @ w
-    return (a.reshape(-1, a.shape[-1]) @ w).reshape(*a.shape[:-1], w.shape[-1])
+    return (a.reshape(-1, a.shape[-1]) @ w).reshape(a.shape[:-1] + w.shape[-1:])
 
 
 def _transposed_times(a, u, out):
-    """aᵀ u: a [T, m, in], u [T, m, out] -> [T, in, out], or its sum over tasks where out is [in, out]."""
+    """aᵀ u: a [T, m, in], u [T, m, out] -> [T, in, out], or its sum over tasks where out is [in, out].
+
+    The sum takes one product per group of tasks, of about 64 rows: many rows to a small result are slow.
+    """
     if out.ndim == 3:
-        return np.matmul(a.swapaxes(1, 2), u, out=out)
-    out[...] = (u.reshape(-1, u.shape[-1]).T @ a.reshape(-1, a.shape[-1])).T
-    return out
+        return np.matmul(a.mT, u, out=out)
+    tasks, n = a.shape[:2]
+    group = max(size for size in range(1, 2 + 64 // n) if tasks % size == 0)
+    a, u = (array.reshape(tasks // group, group * n, -1) for array in (a, u))
+    return np.matmul(a.mT, u).sum(axis=0, out=out)
 
 
 def _append(x, constant):
     """[x, constant]: a column more."""
-    a = np.empty((*x.shape[:-1], x.shape[-1] + 1), x.dtype)
+    a = np.empty(x.shape[:-1] + (x.shape[-1] + 1,), x.dtype)
     a[..., :-1] = x
     a[..., -1] = constant
     return a
@@ -243,7 +247,7 @@ class Dense:
     def forward(self, w, x):
         inputs = x.shape[-1]
         a = _append(x, 1) if self.bias else x
-        wt = w.swapaxes(-1, -2)[..., :inputs]
+        wt = w[..., :inputs, :].mT
 
         def backward(u, g):
             _transposed_times(a, u, g)
@@ -260,7 +264,7 @@ class Dense:
                     part = h[..., :inputs, :]
                     part += _transposed_times(dx, u, np.empty_like(part))
                     below = _times(du, wt)
-                    below += _times(u, v.swapaxes(-1, -2)[..., :inputs])
+                    below += _times(u, v[..., :inputs, :].mT)
                     return below
 
                 return d_out, finish
@@ -273,7 +277,7 @@ class Dense:
 class Relu:
     """out = max(x, 0). Piecewise linear, so that every pass multiplies by the mask x > 0."""
 
-    shapes, view = {}, (0,)
+    shapes, view = {}, None
 
     def init(self, rng):
         return np.zeros(0)
@@ -532,7 +536,7 @@ class _Pool:
 class SpatialMean:
     """out = mean of x over space: [T, n, h, w, c] -> [T, n, c]. Linear, and so is every pass."""
 
-    shapes, view = {}, (0,)
+    shapes, view = {}, None
 
     def init(self, rng):
         return np.zeros(0)
@@ -555,7 +559,7 @@ class SpatialMean:
 class Flatten:
     """out = x with its axes of space and channels as one: [T, n, h, w, c] -> [T, n, h·w·c]."""
 
-    shapes, view = {}, (0,)
+    shapes, view = {}, None
 
     def init(self, rng):
         return np.zeros(0)
