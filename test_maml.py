@@ -874,7 +874,7 @@ def blocks(language):
 def test_readme_quotes_the_source():
     page = next(block for block in blocks("python") if block.startswith("def adapt"))
     functions = (maml.adapt, maml.meta_loss, maml.meta_gradient)
-    assert page == "\n\n".join(inspect.getsource(function) for function in functions)
+    assert page == "\n".join(inspect.getsource(function) for function in functions)
 
 
 def test_readme_examples_run():
