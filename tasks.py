@@ -3,9 +3,31 @@
 
 A sampler takes a numpy.random.Generator first and returns support, query: two pairs (x, y) of arrays
 [tasks, examples, ...], cut from one draw.
+
+Images are read once into memory-mapped arrays. A split is uint8 [classes, images of a class, height, width,
+channels], 255 for 1.0. Whatever is wrong with the data is a ValueError of one line that names the file or the
+class and says what to do.
 """
 
+import hashlib
+import http.client
+import io
+import mmap
+import os
+import re
+import struct
+import sys
+import urllib.request
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from glob import glob
+from pathlib import Path
+
 import numpy as np
+
+# Sinusoids -------------------------------------------------------------------------------------
 
 
 def sinusoid(rng, tasks, shots, query_shots, oracle=False, dtype=np.float32):
@@ -26,3 +48,368 @@ def sinusoid(rng, tasks, shots, query_shots, oracle=False, dtype=np.float32):
         x = np.concatenate(np.broadcast_arrays(x, amplitude, phase), axis=2)
     x = x.astype(dtype)
     return (x[:, :shots], y[:, :shots]), (x[:, shots:], y[:, shots:])
+
+
+# Images: sampling ------------------------------------------------------------------------------
+
+
+def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=np.float32):
+    """A meta-batch of N-way K-shot tasks -> support, query, each an (x, y) pair.
+
+    images: [classes, each, h, w, c], uint8 (255 is 1.0) or floats in [0, 1]; memory-mapped will do.
+    x [tasks, ways*shots, h, w, c] in [0, 1]; y one-hot [tasks, ways*shots, ways]; both of `dtype`.
+
+    Each task draws `ways` distinct classes, numbered in the order drawn, so that a label means nothing beyond
+    its task, then shots + query_shots distinct images of each: uniformly, all without replacement. Examples
+    come class by class. `rotate` turns each class of each task by its own uniform multiple of 90 degrees, the
+    same for support and query (paper, section 5.2). ValueError where there are too few classes or images.
+    """
+    classes, each, height, width = images.shape[:4]
+    if classes < ways:
+        raise ValueError(f"a {ways}-way task needs {ways} classes, and there are {classes}: lower the ways")
+    if each < shots + query_shots:
+        need = f"{shots} support and {query_shots} query images of a class are needed"
+        raise ValueError(f"{need}, and there are {each}: lower the shots or the queries")
+    if rotate and height != width:
+        raise ValueError(f"only square images can be rotated by 90 degrees, and these are {height}x{width}")
+    drawn = _distinct(rng, (tasks, classes), ways)  # [tasks, ways]
+    picked = _distinct(rng, (tasks, ways, each), shots + query_shots)
+    x = np.asarray(images)[drawn[:, :, None], picked]  # [tasks, ways, shots + query_shots, h, w, c]
+    _forget_pages(images)
+    if rotate:
+        turns = rng.integers(4, size=(tasks, ways))
+        for k in (1, 2, 3):
+            x[turns == k] = np.rot90(x[turns == k], k, axes=(2, 3))
+    return _labelled(x[:, :, :shots], dtype), _labelled(x[:, :, shots:], dtype)
+
+
+def _distinct(rng, shape, n):
+    """n different indices into the last axis of `shape`, in random order: [*shape[:-1], n]."""
+    keys = rng.random(shape)
+    least = keys.argpartition(n - 1)[..., :n]
+    order = np.take_along_axis(keys, least, -1).argsort()  # argpartition's own order depends on the machine
+    return np.take_along_axis(least, order, -1)
+
+
+def _labelled(x, dtype):
+    """x [tasks, ways, n, h, w, c] -> x [tasks, ways*n, h, w, c] in [0, 1] and y, one-hot."""
+    tasks, ways, n = x.shape[:3]
+    x = np.divide(x, 255 if x.dtype == np.uint8 else 1, dtype=dtype, casting="same_kind", order="C")
+    y = np.tile(np.eye(ways, dtype=dtype).repeat(n, axis=0), (tasks, 1, 1))
+    return x.reshape(tasks, ways * n, *x.shape[3:]), y
+
+
+def _forget_pages(images):
+    """Give the pages of a large mapped file back, or resident memory grows towards the size of the file."""
+    read_only = isinstance(images, np.memmap) and images.mode == "r"
+    if read_only and images.nbytes > 1 << 26 and hasattr(mmap, "MADV_DONTNEED"):
+        images._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+# Omniglot --------------------------------------------------------------------------------------
+
+OMNIGLOT_URL = "https://github.com/brendenlake/omniglot/raw/master/python"
+OMNIGLOT_MD5 = {
+    "images_background.zip": "68d2efa1b9178cc56df9314c21c6e718",
+    "images_evaluation.zip": "6b91aef0f799c5bb55b94e3f2daec811",
+}
+PNG_START = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4s2I5B", 13, b"IHDR", 105, 105, 1, 0, 0, 0, 0)
+
+
+def load_omniglot(path):
+    """Omniglot (Lake et al. 2015) at 28x28 -> {"train": images, "val": images, "test": images}.
+
+    path: the folder of images_background.zip and images_evaluation.zip, or of what they unpack to.
+    images: uint8 [classes, 20, 28, 28, 1], ink 255 and paper 0, memory-mapped. The 1,623 characters,
+    sorted by name, are put into one fixed random order and cut into 1,100, 100 and 423, the sizes of the
+    authors' code (paper: 1,200 and the rest); another number of characters is cut in this proportion.
+    Decoded once, into `path`/omniglot.npy, or ~/.cache/maml where that cannot be written.
+    """
+    path = Path(path)
+    parts = [_part(path, name) for name in ("images_background", "images_evaluation")]
+    key = ["omniglot 28 area 1", *(stamp for stamp, _ in parts)]
+    images = _cached(path, "omniglot", key, lambda: _characters([files for _, files in parts]))
+    if len(images) != 1623:
+        print(f"{path}: {len(images)} characters, where all of Omniglot has 1623", file=sys.stderr)
+    one, two = len(images) * np.array([1100, 1200]) // 1623
+    return {"train": images[:one], "val": images[one:two], "test": images[two:]}
+
+
+def _part(path, part):
+    """A zip, or the folder that it unpacks to -> what tells it from others, () -> {name: () -> bytes}."""
+    file = path / f"{part}.zip"
+    if file.is_file():
+        data = _read(file, 1 << 28)
+        return hashlib.sha256(data).hexdigest(), partial(_zipped, file, data, part)
+    names = sorted(glob(f"{part}/*/*/*.png", root_dir=path))
+    if not names:
+        raise ValueError(
+            f"{path}: neither {file.name} nor {part}/*/*/*.png; fetch {OMNIGLOT_URL}/{file.name}"
+        )
+    stamps = [(name, os.stat(path / name).st_size, os.stat(path / name).st_mtime_ns) for name in names]
+    return stamps, lambda: {name: partial(_read, path / name, 1 << 16) for name in names}
+
+
+def _zipped(file, data, part):
+    """{name: () -> bytes} of the images in a zip. Nothing is extracted, and no entry is read beyond 64 kB."""
+    try:
+        entries = zipfile.ZipFile(io.BytesIO(data))
+        names = [name for name in entries.namelist() if re.fullmatch(rf"{part}(/[^/.][^/]*){{3}}\.png", name)]
+    except Exception as error:
+        raise ValueError(
+            f"{file}: no whole zip file ({error}); fetch {OMNIGLOT_URL}/{file.name} again"
+        ) from error
+    if not names:
+        raise ValueError(f"{file}: holds no {part}/*/*/*.png; fetch {OMNIGLOT_URL}/{file.name} again")
+    return {name: lambda name=name: entries.open(name).read(1 << 16) for name in names}
+
+
+def _read(file, limit):
+    try:
+        with open(file, "rb") as opened:
+            data = opened.read(limit + 1)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
+    if len(data) > limit:
+        raise ValueError(f"{file}: more than {limit} bytes, so not the file it should be")
+    return data
+
+
+def _characters(parts):
+    """Each () -> {name: () -> bytes} -> the shape of all images, and an iterator of each class's pixels."""
+    files = {name: read for part in parts for name, read in part().items()}
+    classes = {}
+    for name in sorted(files):
+        classes.setdefault(name.rpartition("/")[0], []).append(name)
+    each = max(map(len, classes.values()))
+    for name, members in classes.items():
+        if len(members) < each:
+            raise ValueError(
+                f"{name}: {len(members)} images, where others have {each}; fetch the archive again"
+            )
+    names = [classes[name] for name in np.random.default_rng(0).permutation(sorted(classes))]
+    rows = _unfilter(np.array([_scanlines(name, files[name]) for members in names for name in members]))
+    ink = (1 - np.unpackbits(row, axis=-1, count=105) for row in rows.reshape(-1, each, 105, 14))
+    weights = area_weights(105, 28)
+    blocks = (np.rint(255 * (weights @ (x @ weights.T))).astype(np.uint8) for x in ink)
+    return (len(names), each, 28, 28, 1), blocks
+
+
+def area_weights(size, to):
+    """Area averaging of `size` pixels to fewer, as a matrix [to, size]: W @ image @ W.T shrinks an image."""
+    edges, pixel = np.arange(to + 1) * size / to, np.arange(size)
+    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    return (np.maximum(overlap, 0) * to / size).astype(np.float32)
+
+
+def _scanlines(name, read):
+    """A 1-bit grey 105x105 PNG -> uint8 [105, 15]: each row a filter type, then eight pixels a byte."""
+    try:
+        data = read()
+        if not data.startswith(PNG_START):
+            raise ValueError("not a 1-bit grey PNG of 105x105 pixels")
+        at, packed, kind = 8, b"", None
+        while kind != b"IEND":
+            (length,), kind = struct.unpack_from(">I", data, at), data[at + 4 : at + 8]
+            body, (checksum,) = (
+                data[at + 8 : at + 8 + length],
+                struct.unpack_from(">I", data, at + 8 + length),
+            )
+            if zlib.crc32(kind + body) != checksum:
+                raise ValueError("broken checksum")
+            packed += body if kind == b"IDAT" else b""
+            at += length + 12
+        inflate = zlib.decompressobj()
+        raw = inflate.decompress(packed, 105 * 15 + 1)
+        if len(raw) != 105 * 15 or not inflate.eof or max(raw[::15]) > 4:
+            raise ValueError("broken pixel data")
+    except Exception as error:
+        raise ValueError(f"{name}: does not decode ({error}); fetch the archive again") from error
+    return np.frombuffer(raw, np.uint8).reshape(105, 15)
+
+
+def _unfilter(rows):
+    """Undo the filters of PNG, section 9: uint8 [n, 105, 15] with filter types -> [n, 105, 14] without."""
+    kinds, packed = rows[:, :, 0], rows[:, :, 1:].copy()
+    some = kinds.any(axis=1)  # no image of Omniglot's own archives is filtered
+    kinds, filtered = kinds[some], packed[some].astype(np.int16)
+    out = np.zeros((len(kinds), 106, 15), np.int16)  # with a row above and a byte on the left
+    for y, x in np.ndindex(filtered.shape[1:]) if some.any() else ():
+        left, up, corner = out[:, y + 1, x], out[:, y, x + 1], out[:, y, x]
+        a, b, c = abs(up - corner), abs(left - corner), abs(left + up - 2 * corner)
+        paeth = np.where((a <= b) & (a <= c), left, np.where(b <= c, up, corner))
+        guess = np.choose(kinds[:, y], [0 * left, left, up, (left + up) // 2, paeth])
+        out[:, y + 1, x + 1] = (filtered[:, y, x] + guess) & 255
+    packed[some] = out[:, 1:, 1:]
+    return packed
+
+
+def download_omniglot(folder, url=OMNIGLOT_URL, md5=OMNIGLOT_MD5, timeout=20):
+    """Fetch the zips that `folder` lacks from the data set's own repository, with progress on stderr.
+
+    A zip takes its name only when it is whole: MD5 checked, no more than 32 MB. ValueError where the network
+    fails, or says nothing for `timeout` seconds: what to fetch, and where to put it.
+    """
+    for name, digest in md5.items():
+        file, part = Path(folder, name), Path(folder, f".{name}.{os.getpid()}.tmp")
+        if file.exists():
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                urllib.request.urlopen(f"{url}/{name}", timeout=timeout) as response,
+                part.open("wb") as opened,
+            ):
+                found = _copy(response, opened, name)
+            if found != digest:
+                raise ValueError(f"MD5 {found} instead of {digest}")
+            os.replace(part, file)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise ValueError(
+                f"cannot fetch {url}/{name} ({error}): fetch it and put it into {folder}"
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _copy(response, file, name, limit=32 << 20):
+    """Copy what comes, with progress on stderr -> its MD5."""
+    md5, size = hashlib.md5(usedforsecurity=False), 0
+    try:
+        while data := response.read(1 << 16):
+            size += file.write(data)
+            md5.update(data)
+            print(f"\r{name}: {size / 1e6:.1f} MB", end="", file=sys.stderr, flush=True)
+            if size > limit:
+                raise ValueError(f"more than {limit} bytes")
+    finally:
+        print(file=sys.stderr)
+    return md5.hexdigest()
+
+
+# MiniImagenet ----------------------------------------------------------------------------------
+
+
+def load_miniimagenet(path, each=1):
+    """MiniImagenet (Ravi & Larochelle 2017) at 84x84 -> {"train": images, "val": images, "test": images}.
+
+    path: the folder of train/, val/ and test/, each a folder per class of JPEGs or PNGs of any size
+    (64, 16 and 20 classes of 600). images: uint8 [classes, images of a class, 84, 84, 3], memory-mapped,
+    resized as the authors did: Lanczos, straight to 84x84, the aspect not kept. A split's classes are cut
+    to its smallest one's number of images, which is said on stderr; ValueError if that is below `each`.
+    Decoded once by Pillow, into `path`/miniimagenet-train.npy and so on, or ~/.cache/maml.
+    """
+    return {split: _photos(Path(path), split, each) for split in ("train", "val", "test")}
+
+
+def _photos(path, split, each):
+    """One split, from its cache or decoded now."""
+    classes = _folders(path / split)
+    small = min(classes, key=lambda name: len(classes[name]))
+    count = len(classes[small])
+    if count < each:
+        raise ValueError(
+            f"{path / split / small}: {count} images, and a task needs {each}: add some, or remove it"
+        )
+    if any(len(files) > count for files in classes.values()):
+        print(f"{path / split}: every class is cut to the {count} images of {small}", file=sys.stderr)
+    key = ["miniimagenet 84 lanczos 1", [(name, files[:count]) for name, files in classes.items()]]
+    return _cached(path, f"miniimagenet-{split}", key, lambda: _decoded(path / split, classes, count))
+
+
+def _folders(folder):
+    """{class: [(file, size, time), ...]} of a folder per class, both in the order of their names."""
+    image = re.compile(r"[^.].*\.(jpe?g|png)", re.IGNORECASE)
+    try:
+        classes = sorted(f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] != ".")
+        files = [[f for f in os.scandir(folder / name) if image.fullmatch(f.name)] for name in classes]
+        stats = [sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in some) for some in files]
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: {error.strerror}; it should be a folder of one folder per class"
+        ) from error
+    if not classes:
+        raise ValueError(f"{folder}: empty; it should hold one folder of images per class")
+    return dict(zip(classes, stats, strict=True))
+
+
+def _decoded(folder, classes, count):
+    """-> the shape of all images, and an iterator of uint8 [count, 84, 84, 3] of each class in turn."""
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise ValueError("MiniImagenet's images need Pillow, which is missing: pip install pillow") from error
+    files = ([folder / name / file for file, *_ in files[:count]] for name, files in classes.items())
+    return (len(classes), count, 84, 84, 3), _blocks(folder, files, len(classes))
+
+
+def _blocks(folder, files, classes):
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the GIL
+            for done, some in enumerate(files, 1):
+                yield np.stack(list(pool.map(_photo, some)))
+                print(f"\r{folder}: {done} of {classes} classes", end="", file=sys.stderr, flush=True)
+    finally:
+        print(file=sys.stderr)
+
+
+def _photo(file):
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=("JPEG", "PNG")) as image:
+            if image.width * image.height > 1 << 26:
+                raise ValueError(f"{image.width}x{image.height} pixels")
+            return np.asarray(image.convert("RGB").resize((84, 84), Image.Resampling.LANCZOS))
+    except Exception as error:
+        raise ValueError(f"{file}: does not decode ({error}): replace or remove it") from error
+
+
+# The cache -------------------------------------------------------------------------------------
+
+
+def _cached(folder, name, key, build):
+    """The array of build() -> shape, uint8 blocks: from a .npy made of the same files, or else made now."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml"
+    home = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    places = [folder / f"{name}.npy", elsewhere / f"{name}-{home}.npy"]
+    for place in places:
+        try:
+            return _mapped(place, digest)
+        except (OSError, ValueError):
+            pass  # none there yet, or one of other files, or a broken one
+    for place in places:
+        try:
+            _write(place, digest, build)
+            return _mapped(place, digest)
+        except OSError as error:
+            reason = error
+    where = f"{places[0]} and {places[1]}"
+    raise ValueError(f"{where}: cannot be written ({reason.strerror}): free space, or set XDG_CACHE_HOME")
+
+
+def _mapped(place, digest):
+    """The .npy file, read-only, if it ends with this digest, as only a whole one does."""
+    with place.open("rb") as file:
+        file.seek(-len(digest), os.SEEK_END)
+        if file.read() != digest:
+            raise ValueError(f"{place}: made from other files, or cut short")
+    return np.lib.format.open_memmap(place, mode="r")
+
+
+def _write(place, digest, build):
+    """Write shape and blocks as a .npy, then the digest; it takes its name only when it is whole."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        with part.open("wb") as file:
+            shape, blocks = build()
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in blocks:
+                file.write(block)
+            file.write(digest)
+        os.replace(part, place)
+    finally:
+        part.unlink(missing_ok=True)

@@ -7,20 +7,31 @@ difference steps over a kink.
 """
 
 import csv
+import functools
+import http.server
 import inspect
+import io
 import json
 import math
 import os
 import pathlib
 import pickle
 import re
+import resource
 import shlex
 import signal
+import struct
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from hashlib import md5
+from pathlib import Path
 
 import autograd.numpy as anp
 import numpy as np
@@ -588,6 +599,560 @@ def test_sinusoid_analytic_anchors():
     assert abs(((y + 1.6234 * np.cos(x)) ** 2).mean() - 3.0057) < 0.05
 
 
+# Images ----------------------------------------------------------------------------------------
+
+PARTS = ("images_background", "images_evaluation")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+# Drawn data
+
+
+def glyph(seed, n):
+    """n noisy drawings of one random character, bool [n, 105, 105], True where there is ink."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.random((7, 7)) < 0.3
+    ink = np.tile(coarse.repeat(15, 0).repeat(15, 1), (n, 1, 1))
+    return ink ^ (rng.random(ink.shape) < 0.02)
+
+
+def chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def filtered(rows, kinds):
+    """The five PNG filters, byte by byte as the standard writes them: rows [105, 14] -> scanlines."""
+    out = bytearray()
+    for y, kind in enumerate(kinds):
+        out.append(kind)
+        for x in range(14):
+            left = int(rows[y, x - 1]) if x else 0
+            up = int(rows[y - 1, x]) if y else 0
+            corner = int(rows[y - 1, x - 1]) if x and y else 0
+            nearest = min((left, up, corner), key=lambda value: abs(left + up - corner - value))
+            out.append((int(rows[y, x]) - (0, left, up, (left + up) // 2, nearest)[kind]) % 256)
+    return bytes(out)
+
+
+def png(ink, kinds=(0,) * 105, header=(105, 105, 1, 0, 0, 0, 0), level=6):
+    packed = zlib.compress(filtered(np.packbits(~ink, axis=-1), kinds), level)
+    body = [chunk(b"IHDR", struct.pack(">2I5B", *header)), chunk(b"tIME", bytes(7))]
+    body += [chunk(b"IDAT", packed[:40]), chunk(b"IDAT", packed[40:]), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+@functools.cache
+def drawn(characters=8, n=4):
+    """{path: PNG} of a small Omniglot, and its ink {class: bool [n, 105, 105]}."""
+    files, inks = {}, {}
+    for c in range(characters):
+        name = f"{PARTS[c % 2]}/Script{c // 4}/character{c:02d}"
+        inks[name] = glyph(c, n)
+        files |= {f"{name}/{c:04d}_{i:02d}.png": png(ink) for i, ink in enumerate(inks[name])}
+    return files, inks
+
+
+def unpacked(folder, files):
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def zipped(folder, files, kind=zipfile.ZIP_DEFLATED):
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        with zipfile.ZipFile(folder / f"{part}.zip", "w", kind) as archive:
+            archive.writestr("__MACOSX/._0000_01.png", b"not an image")
+            archive.writestr(f"{part}/../../escaped/a/b.png", b"not an image")
+            for name in sorted(files, reverse=True):
+                if name.startswith(part):
+                    archive.writestr(name, files[name])
+    return folder
+
+
+def changed(key, data):
+    """The small Omniglot with another content of its key-th image (None removes it), and that one's name."""
+    files = dict(drawn()[0])
+    name = sorted(files)[key]
+    files |= {name: data}
+    return {name: data for name, data in files.items() if data is not None}, name
+
+
+def photographs(
+    folder, counts=(4, 4, 4), sizes=((30, 40), (84, 84), (120, 90)), split_names=("train", "val", "test")
+):
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for split in split_names:
+        for c, count in enumerate(counts):
+            (folder / split / f"n{c}").mkdir(parents=True)
+            for i in range(count):
+                colours = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+                picture = image.fromarray(colours).resize(sizes[i % len(sizes)], image.Resampling.NEAREST)
+                picture.save(folder / split / f"n{c}" / f"{i}.{'JPEG' if i % 2 else 'png'}")
+    return folder
+
+
+def stamped(classes=6, each=5, size=6, channels=1):
+    """Images whose corner pixel is their number, uint8 [classes, each, size, size, channels]."""
+    images = np.zeros((classes, each, size, size, channels), np.uint8)
+    images[:, :, 0, 0, 0] = np.arange(classes * each).reshape(classes, each)
+    return images
+
+
+def same(a, b):
+    return all(np.array_equal(a[split], b[split]) for split in ("train", "val", "test"))
+
+
+def leftovers(*folders):
+    return [file for folder in folders for file in folder.rglob("*") if file.suffix in (".npy", ".tmp")]
+
+
+def cache_home():
+    return Path(os.environ["XDG_CACHE_HOME"])
+
+
+# Sampling
+
+sizes = st.tuples(*[st.integers(1, 4)] * 4)
+
+
+@given(sizes, st.integers(0, 2), st.integers(0, 2), st.integers(0, 99), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_support_and_query_share_no_image_and_the_classes_of_a_task_differ(size, more, spare, seed, rotate):
+    count, ways, shots, queries = size
+    each = shots + queries + spare
+    images = stamped(ways + more, each)
+    support, query = tasks.few_shot(np.random.default_rng(seed), images, count, ways, shots, queries, rotate)
+    corners = [support[0], query[0]]
+    numbers = [np.rint(255 * x[..., [0, 0, -1, -1], [0, -1, 0, -1], 0].max(-1)).astype(int) for x in corners]
+    classes = [n.reshape(count, ways, -1) // each for n in numbers]
+    for task in range(count):
+        assert len(np.unique(np.concatenate([numbers[0][task], numbers[1][task]]))) == ways * (
+            shots + queries
+        )
+        assert len(np.unique(classes[0][task])) == ways
+    assert (classes[0] == classes[0][:, :, :1]).all() and (classes[1] == classes[0][:, :, :1]).all()
+    for (x, y), n in ((support, shots), (query, queries)):
+        assert x.shape == (count, ways * n, 6, 6, 1) and y.shape == (count, ways * n, ways)
+        assert x.dtype == y.dtype == np.float32 and x.min() >= 0 and x.max() <= 1
+        assert (y.argmax(-1) == np.arange(ways).repeat(n)).all() and (y.sum(-1) == 1).all()
+
+
+def test_a_class_turns_alike_in_support_and_query_by_every_multiple_of_90_degrees():
+    rng, images = np.random.default_rng(0), np.zeros((3, 4, 5, 5, 2), np.uint8)
+    images[...] = rng.integers(0, 256, (3, 1, 5, 5, 2))  # a class's images are all the same one
+    (x, _), (xq, _) = tasks.few_shot(rng, images, 200, 3, 1, 3, rotate=True, dtype=np.float64)
+    assert (x.reshape(200, 3, 1, -1) == xq.reshape(200, 3, 3, -1)).all()
+    turned = np.stack([np.rot90(images[:, 0] / 255, k, axes=(1, 2)) for k in range(4)], 1)
+    found = (x[:, :, None, None] == turned).all((-3, -2, -1))  # [task, way, class, turn]
+    assert (found.sum((2, 3)) == 1).all()
+    assert (abs(found.sum((0, 1)) - 50) < 30).all()
+    (x, _), _ = tasks.few_shot(rng, images, 20, 3, 1, 3)
+    assert not (x[:, :, None, None] == turned[:, 1:]).all((-3, -2, -1)).any()
+
+
+def test_equal_seeds_draw_equal_bits_and_others_do_not():
+    one, two, three = [
+        tasks.few_shot(np.random.default_rng(seed), stamped(), 4, 3, 2, 2, True) for seed in (7, 7, 8)
+    ]
+    assert all((a == b).all() for a, b in zip(one[0] + one[1], two[0] + two[1], strict=True))
+    assert not np.array_equal(one[0][0], three[0][0])
+
+
+def test_every_class_and_image_is_as_likely_in_every_place():
+    images = stamped(5, 4)
+    (x, _), (xq, _) = tasks.few_shot(np.random.default_rng(0), images, 8000, 2, 1, 1)
+    for numbers in (np.rint(255 * x[..., 0, 0, 0]).astype(int), np.rint(255 * xq[..., 0, 0, 0]).astype(int)):
+        for place in numbers.T:
+            counts = np.bincount(place, minlength=20)  # 400 expected, with a deviation of 19.5
+            assert abs(counts - 400).max() < 100
+            assert ((counts - 400) ** 2 / 400).sum() < 50  # chi-squared with 19 degrees: p = 1e-4
+
+
+def test_floats_pass_unscaled_and_integers_become_fractions():
+    images = np.random.default_rng(0).random((3, 2, 4, 4, 1))
+    for dtype in (np.float32, np.float64):
+        (x, y), _ = tasks.few_shot(np.random.default_rng(1), images, 5, 3, 1, 1, dtype=dtype)
+        assert x.dtype == y.dtype == dtype and np.isin(x, images.astype(dtype)).all()
+    full = np.full((3, 2, 4, 4, 1), 255, np.uint8)
+    assert (tasks.few_shot(np.random.default_rng(1), full, 2, 3, 1, 1)[0][0] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "ways, shots, rotate, line",
+    [
+        (7, 1, False, "7-way task needs 7 classes"),
+        (2, 4, False, "4 support and 2 query"),
+        (2, 1, True, "square"),
+    ],
+)
+def test_few_shot_says_what_is_lacking(ways, shots, rotate, line):
+    with pytest.raises(ValueError, match=line):
+        tasks.few_shot(np.random.default_rng(0), stamped()[:, :, :4], 2, ways, shots, 2, rotate)
+
+
+def test_a_large_mapped_file_does_not_stay_resident(tmp_path):
+    np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, (30, 150, 84, 84, 3))[:] = 7
+    images = np.load(tmp_path / "a.npy", mmap_mode="r")
+    x = tasks.few_shot(np.random.default_rng(0), images, 2, 5, 1, 15)[0][0]
+    assert np.allclose(x, 7 / 255)
+    if sys.platform == "linux":
+        smaps = Path("/proc/self/smaps").read_text().partition(str(tmp_path / "a.npy"))[2]
+        assert int(smaps.partition("Rss:")[2].split()[0]) == 0
+
+
+# Omniglot
+
+
+def test_zips_and_folders_hold_the_same_images(tmp_path):
+    files, inks = drawn()
+    a = tasks.load_omniglot(zipped(tmp_path / "zips", files))
+    b = tasks.load_omniglot(unpacked(tmp_path / "folders", files))
+    c = tasks.load_omniglot(zipped(tmp_path / "stored", files, zipfile.ZIP_STORED))
+    assert same(a, b) and same(a, c)
+    assert [len(a[split]) for split in a] == [5, 0, 3] and not (tmp_path / "escaped").exists()
+    assert {x.dtype for x in a.values()} == {np.dtype(np.uint8)}
+
+
+def test_pixels_are_area_averages_of_the_ink(tmp_path):
+    files, inks = drawn()
+    splits = tasks.load_omniglot(zipped(tmp_path, files))
+    images = np.concatenate(list(splits.values()))
+    assert images.shape == (8, 4, 28, 28, 1)
+    names = [sorted(inks)[i] for i in np.random.default_rng(0).permutation(8)]
+    for name, found in zip(names, images, strict=True):
+        fine = inks[name].repeat(4, 1).repeat(4, 2)  # 420 = 28 * 15
+        means = fine.reshape(-1, 28, 15, 28, 15).mean((2, 4))
+        assert abs(found[..., 0] / 255 - means).max() <= 0.5001 / 255
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_area_weights_average(size, to):
+    weights = tasks.area_weights(max(size, to), min(size, to))
+    assert np.allclose(weights.sum(1), 1) and np.allclose(weights.sum(0), min(size, to) / max(size, to))
+    assert (weights >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "kinds", [(0,) * 105, (1,) * 105, (2,) * 105, (3,) * 105, (4,) * 105, (0, 4, 3, 2, 1) * 21]
+)
+def test_every_png_filter_is_undone(kinds):
+    inks = np.concatenate([glyph(0, 1), np.random.default_rng(1).random((2, 105, 105)) < 0.5])
+    rows = np.array([tasks._scanlines("a.png", lambda x=x: png(x, kinds)) for x in inks])
+    assert (np.unpackbits(tasks._unfilter(rows), axis=-1, count=105) == ~inks).all()
+    image = pytest.importorskip("PIL.Image")
+    assert (np.asarray(image.open(io.BytesIO(png(inks[1], kinds)))) == ~inks[1]).all()
+
+
+def test_the_split_does_not_depend_on_the_order_of_files(tmp_path):
+    files, _ = drawn()
+    a = tasks.load_omniglot(unpacked(tmp_path / "a", files))
+    b = tasks.load_omniglot(unpacked(tmp_path / "b", dict(reversed(files.items()))))
+    assert same(a, b)
+
+
+def test_the_cache_is_reused_and_made_again_when_it_must_be(tmp_path, monkeypatch):
+    files, _ = drawn()
+    first = tasks.load_omniglot(zipped(tmp_path, files))
+    cache = tmp_path / "omniglot.npy"
+    whole, calls = cache.read_bytes(), []
+    decode = tasks._characters
+    monkeypatch.setattr(tasks, "_characters", lambda parts: calls.append(1) or decode(parts))
+    again = tasks.load_omniglot(tmp_path)
+    assert not calls and same(first, again) and isinstance(again["train"], np.memmap)
+    for broken in (whole[:-1], whole[:-32], whole[:500], b"", whole[:40] + whole[60:], bytes(len(whole))):
+        calls.clear()
+        cache.unlink()
+        cache.write_bytes(broken)
+        assert same(first, tasks.load_omniglot(tmp_path)) and calls and cache.read_bytes() == whole
+    calls.clear()
+    other, _ = changed(0, png(glyph(99, 1)[0]))
+    assert not same(first, tasks.load_omniglot(zipped(tmp_path, other))) and calls
+    assert leftovers(tmp_path, cache_home()) == [cache]
+
+
+def test_a_changed_file_of_a_folder_makes_the_cache_again(tmp_path):
+    first = tasks.load_omniglot(unpacked(tmp_path, drawn()[0]))
+    first = {split: np.array(x) for split, x in first.items()}
+    assert not same(first, tasks.load_omniglot(unpacked(tmp_path, changed(3, png(glyph(99, 1)[0]))[0])))
+
+
+def test_a_folder_that_cannot_be_written_is_cached_elsewhere(tmp_path, monkeypatch):
+    folder = zipped(tmp_path, drawn()[0])
+    write = tasks._write
+
+    def refused(place, *rest):
+        if place.parent == folder:
+            raise PermissionError(13, "Permission denied")
+        write(place, *rest)
+
+    monkeypatch.setattr(tasks, "_write", refused)
+    first = tasks.load_omniglot(folder)
+    (cache,) = leftovers(folder, cache_home())
+    assert cache.is_relative_to(cache_home())
+    monkeypatch.setattr(tasks, "_write", None)
+    assert same(first, tasks.load_omniglot(folder))
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    folder = zipped(tmp_path, drawn()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(
+            ValueError, match=r"omniglot.npy and .* cannot be written \(File too large\): free"
+        ):
+            tasks.load_omniglot(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert leftovers(folder, cache_home()) == []
+
+
+good = png(glyph(0, 1)[0])
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "not a 1-bit"),
+        (good[:60], "broken|unpack"),
+        (good[:-12], "unpack"),
+        (good.replace(b"IDAT", b"IDAX", 1), "checksum"),
+        (good[:70] + bytes([good[70] ^ 1]) + good[71:], "checksum"),
+        (png(glyph(0, 1)[0], header=(106, 105, 1, 0, 0, 0, 0)), "not a 1-bit"),
+        (png(glyph(0, 1)[0], header=(105, 105, 8, 0, 0, 0, 0)), "not a 1-bit"),
+        (png(glyph(0, 1)[0], kinds=(0,) * 104), "pixel data"),
+        (png(np.zeros((106, 105), bool), kinds=(0,) * 106), "pixel data"),
+        (good[:33] + chunk(b"IDAT", zlib.compress(bytes(10**7))) + chunk(b"IEND", b""), "pixel data"),
+        (good[:33] + chunk(b"IDAT", zlib.compress(b"\5" * 1575)) + chunk(b"IEND", b""), "pixel data"),
+        (good[:33] + chunk(b"IDAT", zlib.compress(bytes(1575))[:-4]) + chunk(b"IEND", b""), "pixel data"),
+        (good[:33] + chunk(b"IDAT", b"no zlib") + chunk(b"IEND", b""), "Error -3"),
+        (bytes(1 << 17), "more than|not a 1-bit"),
+    ],
+)
+@pytest.mark.parametrize("layout", [zipped, unpacked])
+def test_a_broken_image_is_named(tmp_path, layout, data, reason):
+    files, name = changed(5, data)
+    with pytest.raises(ValueError, match=f"{name}: does not decode .*({reason}).*fetch") as caught:
+        tasks.load_omniglot(layout(tmp_path, files))
+    assert "\n" not in str(caught.value) and leftovers(tmp_path, cache_home()) == []
+
+
+@pytest.mark.parametrize("layout", [zipped, unpacked])
+def test_a_character_that_lacks_images_is_named(tmp_path, layout):
+    files, name = changed(5, None)
+    with pytest.raises(ValueError, match=f"{name.rpartition('/')[0]}: 3 images, where others have 4; fetch"):
+        tasks.load_omniglot(layout(tmp_path, files))
+
+
+@pytest.mark.parametrize(
+    "harm, line",
+    [
+        (lambda path: path.unlink(), "neither images_evaluation.zip nor images_evaluation/"),
+        (lambda path: path.write_bytes(b"PK no"), "images_evaluation.zip: no whole zip file"),
+        (lambda path: path.write_bytes(b""), "images_evaluation.zip: no whole zip file"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-3000]),
+            "images_evaluation.zip: no whole zip file",
+        ),
+        (
+            lambda path: path.write_bytes((path.parent / "images_background.zip").read_bytes()),
+            "holds no images_eval",
+        ),
+    ],
+)
+def test_a_missing_or_broken_zip_is_named(tmp_path, harm, line):
+    harm(zipped(tmp_path, drawn()[0]) / "images_evaluation.zip")
+    with pytest.raises(ValueError, match=f"{line}.*fetch https://.*images_evaluation.zip") as caught:
+        tasks.load_omniglot(tmp_path)
+    assert "\n" not in str(caught.value) and leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", ["nowhere", "file"])
+@pytest.mark.parametrize("load", [tasks.load_omniglot, tasks.load_miniimagenet])
+def test_a_path_that_is_no_data_folder_is_named(tmp_path, load, path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{path}.*(neither|should be a folder)"):
+        load(tmp_path / path)
+
+
+def test_a_damaged_entry_of_a_zip_is_named(tmp_path):
+    files, name = changed(0, good)
+    folder = zipped(tmp_path, files, zipfile.ZIP_STORED)
+    data = (folder / "images_background.zip").read_bytes()
+    (folder / "images_background.zip").write_bytes(data.replace(good, good[:-1] + b"?", 1))
+    with pytest.raises(ValueError, match=f"{name}: does not decode .*CRC"):
+        tasks.load_omniglot(folder)
+
+
+if "MAML_OMNIGLOT" in os.environ:  # a folder of the real data, which no test requires
+
+    def test_the_real_omniglot(tmp_path):
+        for part in PARTS:
+            (tmp_path / f"{part}.zip").symlink_to(Path(os.environ["MAML_OMNIGLOT"], f"{part}.zip").resolve())
+        tasks.load_omniglot(tmp_path)
+        start = time.perf_counter()
+        splits = tasks.load_omniglot(tmp_path)
+        assert time.perf_counter() - start < 0.5
+        assert [x.shape for x in splits.values()] == [(n, 20, 28, 28, 1) for n in (1100, 100, 423)]
+        assert all(0.07 < x.mean() / 255 < 0.09 for x in splits.values())
+
+    # The download
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """/how/name answers with a zip in one of four ways."""
+
+    def do_GET(self):
+        how, body = self.path.split("/")[1], b"zip" * 30_000
+        self.send_response(404 if how == "missing" else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if how == "stall":
+            self.wfile.write(body[:1000])
+            self.wfile.flush()
+            self.server.done.wait(5)
+        elif how != "missing":
+            self.wfile.write(body[:-7] if how == "short" else body.replace(b"zip", b"zap", how == "wrong"))
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def url():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.done = threading.Event()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.done.set()
+        server.shutdown()
+
+
+DIGESTS = {"a.zip": md5(b"zip" * 30_000).hexdigest(), "b.zip": md5(b"zip" * 30_000).hexdigest()}
+
+
+def test_a_download_is_whole_and_shown_and_not_repeated(tmp_path, url, capsys):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "a.zip").write_bytes(b"my own")
+    tasks.download_omniglot(tmp_path / "new", f"{url}/good", DIGESTS)
+    assert (tmp_path / "new" / "a.zip").read_bytes() == b"my own"
+    assert (tmp_path / "new" / "b.zip").read_bytes() == b"zip" * 30_000
+    assert "b.zip: 0.1 MB\n" in capsys.readouterr().err
+    tasks.download_omniglot(tmp_path / "new", "http://127.0.0.1:1", DIGESTS)
+    assert sorted(os.listdir(tmp_path / "new")) == ["a.zip", "b.zip"]
+
+
+@pytest.mark.parametrize(
+    "how, reason",
+    [("stall", "timed out"), ("short", "MD5"), ("wrong", "MD5"), ("missing", "404"), (None, "refused")],
+)
+def test_a_failed_download_says_what_to_fetch_and_leaves_nothing(tmp_path, url, how, reason):
+    address = f"{url}/{how}" if how else "http://127.0.0.1:1"
+    line = f"cannot fetch {address}/a.zip .*{reason}.*: fetch it and put it into {tmp_path}"
+    with pytest.raises(ValueError, match=line) as caught:
+        tasks.download_omniglot(tmp_path, address, DIGESTS, timeout=0.3)
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == []
+
+
+def test_a_download_without_end_is_cut_off(capsys):
+    with pytest.raises(ValueError, match="more than 100 bytes"):
+        tasks._copy(io.BytesIO(bytes(1000)), io.BytesIO(), "a.zip", limit=100)
+
+
+# MiniImagenet
+
+
+def test_photographs_are_resized_as_pillow_does_it(tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    photographs(tmp_path)
+    (tmp_path / "val" / "n0" / "._0.JPEG").write_bytes(b"left by another system")
+    splits = tasks.load_miniimagenet(tmp_path)
+    assert "3 of 3 classes\n" in capsys.readouterr().err
+    for split, images in splits.items():
+        assert images.shape == (3, 4, 84, 84, 3) and images.dtype == np.uint8
+        for c in range(3):
+            for i, file in enumerate(sorted((tmp_path / split / f"n{c}").glob("[!.]*"))):
+                expected = image.open(file).convert("RGB").resize((84, 84), image.Resampling.LANCZOS)
+                assert (images[c, i] == np.asarray(expected)).all()
+    assert sorted(os.listdir(tmp_path))[:3] == [
+        f"miniimagenet-{split}.npy" for split in ("test", "train", "val")
+    ]
+    assert same(splits, tasks.load_miniimagenet(tmp_path)) and capsys.readouterr().err == ""
+
+
+def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for split in ("train", "val", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for mode in ("L", "P", "RGBA", "1", "LA"):
+            image.new(mode, (9, 9)).save(tmp_path / split / "a" / f"{mode}.png")
+        image.new("CMYK", (9, 9)).save(tmp_path / split / "a" / "cmyk.jpg")
+    assert tasks.load_miniimagenet(tmp_path)["val"].shape == (1, 6, 84, 84, 3)
+
+
+def test_classes_are_cut_to_the_smallest_or_it_is_named(tmp_path, capsys):
+    photographs(tmp_path, counts=(4, 2, 5))
+    assert tasks.load_miniimagenet(tmp_path, each=2)["test"].shape[:2] == (3, 2)
+    assert "every class is cut to the 2 images of n1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="train/n1: 2 images, and a task needs 3: add some, or remove it"):
+        tasks.load_miniimagenet(tmp_path, each=3)
+    (tmp_path / "val" / "empty").mkdir()
+    with pytest.raises(ValueError, match="val/empty: 0 images"):
+        tasks.load_miniimagenet(tmp_path)
+
+
+def test_an_added_photograph_makes_the_cache_again(tmp_path):
+    photographs(tmp_path)
+    tasks.load_miniimagenet(tmp_path)
+    for c in range(3):
+        (tmp_path / "val" / f"n{c}" / "9.png").write_bytes((tmp_path / "val" / "n0" / "0.png").read_bytes())
+    assert tasks.load_miniimagenet(tmp_path)["val"].shape[:2] == (3, 5)
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", "half"])
+def test_a_broken_photograph_is_named(tmp_path, data):
+    file = photographs(tmp_path) / "train" / "n1" / "1.JPEG"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if data == "half" else data)
+    with pytest.raises(
+        ValueError, match="train/n1/1.JPEG: does not decode .*: replace or remove it"
+    ) as caught:
+        tasks.load_miniimagenet(tmp_path)
+    assert "\n" not in str(caught.value) and leftovers(tmp_path, cache_home()) == []
+
+
+def test_a_huge_photograph_is_refused_before_it_is_decoded(tmp_path):
+    file = photographs(tmp_path) / "train" / "n1" / "0.png"
+    size = chunk(b"IHDR", struct.pack(">2I5B", 9000, 9000, 8, 2, 0, 0, 0))
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match=r"0.png: does not decode \(9000x9000 pixels\)"):
+        tasks.load_miniimagenet(tmp_path)
+
+
+def test_a_missing_or_empty_split_is_named(tmp_path):
+    photographs(tmp_path, split_names=("train", "val"))
+    with pytest.raises(ValueError, match="test: No such file or directory; it should be a folder of"):
+        tasks.load_miniimagenet(tmp_path)
+    (tmp_path / "test").mkdir()
+    with pytest.raises(ValueError, match="test: empty; it should hold"):
+        tasks.load_miniimagenet(tmp_path)
+
+
+def test_without_pillow_the_line_says_what_to_install(tmp_path, monkeypatch):
+    photographs(tmp_path)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ValueError, match="pip install pillow"):
+        tasks.load_miniimagenet(tmp_path)
+    assert leftovers(tmp_path, cache_home()) == []
+
+
 # Arguments -------------------------------------------------------------------------------------
 
 
@@ -874,7 +1439,7 @@ def blocks(language):
 def test_readme_quotes_the_source():
     page = next(block for block in blocks("python") if block.startswith("def adapt"))
     functions = (maml.adapt, maml.meta_loss, maml.meta_gradient)
-    assert page == "\n".join(inspect.getsource(function) for function in functions)
+    assert page == "\n\n".join(inspect.getsource(function) for function in functions)
 
 
 def test_readme_examples_run():
