@@ -12,11 +12,13 @@ import csv
 import ctypes
 import io
 import json
+import math
 import os
 import signal
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -207,18 +209,19 @@ def adam(state, g, beta, b1=0.9, b2=0.999, eps=1e-8):
     return State(theta - rate * m / (np.sqrt(v) + eps), m, v, t)
 
 
-def train(outer_gradient, sample, state, rng, beta, iterations, chunk=None, map=map):
+def train(outer_gradient, sample, state, rng, beta, iterations, clip=np.inf, chunk=None, map=map):
     """theta ← theta - beta ∇_theta Σ_i L_i(f_theta'_i), eq. (4), with Adam: yields (state, meta-loss).
 
     outer_gradient(theta, support, query) -> value, gradient; sample(rng) -> support, query, a meta-batch;
     goes from state.iteration to `iterations`. FloatingPointError names the iteration whose loss or
-    gradient is not finite; the state yielded last is still good. `chunk` and `map` as in `mean_over_chunks`.
+    gradient is not finite; the state yielded last is still good. The gradient is clipped to ±clip, element by
+    element; `chunk` and `map` as in `mean_over_chunks`.
     """
     while state.iteration < iterations:
         value, g = mean_over_chunks(outer_gradient, state.theta, *sample(rng), chunk, map)
         if not (np.isfinite(value) and np.isfinite(g).all()):
             raise FloatingPointError(f"the meta-loss became {value} at iteration {state.iteration + 1}")
-        state = adam(state, g, beta)
+        state = adam(state, np.clip(g, -clip, clip) if clip < np.inf else g, beta)
         yield state, value
 
 
@@ -230,11 +233,16 @@ def mean_over_chunks(outer_gradient, theta, support, query, chunk=None, map=map)
     count = len(support[0])
     if chunk is None or chunk >= count:
         return outer_gradient(theta, support, query)
-    cuts = [slice(start, start + chunk) for start in range(0, count, chunk)]
-    parts = [tuple(tuple(array[cut] for array in pair) for pair in (support, query)) for cut in cuts]
+    parts = chunks(support, query, chunk)
     weights = [len(part[0][0]) / count for part in parts]
     results = map(partial(outer_gradient, theta), *zip(*parts))
     return tuple(sum(w * part for w, part in zip(weights, column)) for column in zip(*results))
+
+
+def chunks(support, query, size):
+    """A meta-batch as a list of smaller ones, (support, query) of `size` tasks each or what is left."""
+    cuts = [slice(start, start + size) for start in range(0, len(support[0]), size)]
+    return [tuple(tuple(array[cut] for array in pair) for pair in (support, query)) for cut in cuts]
 
 
 def one_blas_thread():
@@ -287,6 +295,7 @@ def summarize(values, threshold):
 METHODS = ("maml", "fomaml", "anil", "meta-sgd", "reptile")
 BASELINES = ("random", "pretrained", "oracle")
 
+# Defaults a task. A checkpoint keeps those above the line; those below it may differ at every evaluation.
 TASKS = {
     "sinusoid": dict(
         shots=10,
@@ -296,20 +305,63 @@ TASKS = {
         beta=0.001,
         meta_batch=25,
         iterations=70_000,
+        # ---
         eval_tasks=600,
         eval_steps=10,
         eval_shots=[5, 10, 20],
     ),
+    "omniglot": dict(
+        ways=5,
+        shots=1,
+        query=None,
+        net="conv",
+        filters=64,
+        steps=1,
+        alpha=2.0,
+        beta=0.001,
+        meta_batch=32,
+        iterations=60_000,
+        # ---
+        eval_tasks=600,
+        eval_steps=10,
+        eval_shots=None,
+    ),
+    "miniimagenet": dict(
+        ways=5,
+        shots=1,
+        query=15,
+        net="conv",
+        filters=32,
+        steps=5,
+        alpha=0.05,
+        beta=0.001,
+        meta_batch=4,
+        iterations=60_000,
+        # ---
+        eval_tasks=600,
+        eval_steps=10,
+        eval_shots=None,
+    ),
 }
 
-# Table 2 of the paper: query MSE at K = 5 after so many steps.
+# What the paper prints (Tables 1 and 2): (task, method, what it depends on) -> {step: figure}.
 PAPER = {
-    ("sinusoid", "maml", 5): {1: 0.67, 5: 0.38, 10: 0.35},
-    ("sinusoid", "pretrained", 5): {1: 2.41, 5: 2.23, 10: 2.19},
+    ("sinusoid", "maml", 5): {1: "0.67", 5: "0.38", 10: "0.35"},
+    ("sinusoid", "pretrained", 5): {1: "2.41", 5: "2.23", 10: "2.19"},
+    ("omniglot", "maml", 1, 5, "conv"): {3: "98.7 ± 0.4"},
+    ("omniglot", "maml", 5, 5, "conv"): {3: "99.9 ± 0.1"},
+    ("omniglot", "maml", 1, 20, "conv"): {5: "95.8 ± 0.3"},
+    ("omniglot", "maml", 5, 20, "conv"): {5: "98.9 ± 0.2"},
+    ("omniglot", "maml", 1, 5, "mlp"): {3: "89.7 ± 1.1"},
+    ("omniglot", "maml", 5, 5, "mlp"): {3: "97.5 ± 0.6"},
+    ("miniimagenet", "maml", 1, 5, "conv"): {10: "48.70 ± 1.84"},
+    ("miniimagenet", "maml", 5, 5, "conv"): {10: "63.11 ± 0.92"},
+    ("miniimagenet", "fomaml", 1, 5, "conv"): {10: "48.07 ± 1.75"},
+    ("miniimagenet", "fomaml", 5, 5, "conv"): {10: "63.15 ± 0.91"},
 }
 
-EVAL_QUERY = 100  # query points of a test task: the figure is the paper's, with less noise
-DIVERGED = 100.0  # four times the largest amplitude squared
+EVAL_QUERY = 100  # query points of a test sinusoid: the figure is the paper's, with less noise
+DIVERGED = 100.0  # of a sinusoid's error: four times the largest amplitude squared
 LOG_EVERY, SAVE_EVERY = 500, 1000  # meta-iterations
 STREAMS = ("training", "test", "validation", "init")
 REPTILE_STEPS = 10  # with one inner step Reptile is joint training
@@ -318,17 +370,36 @@ REPTILE_STEPS = 10  # with one inner step Reptile is joint training
 class Experiment:
     """A task distribution, its network and loss, and the method that learns them, by name."""
 
+    chunk, block = None, 600  # tasks computed at once; tasks drawn at once to evaluate
+    clip, map = np.inf, staticmethod(map)
+
     def __init__(self, settings):
         self.settings, self.method = settings, settings["method"]
         oracle = self.method == "oracle"
         self.network = nets.mlp((3 if oracle else 1, 40, 40, 1))
-        self.loss = nets.mean_squared_error(self.network)
-        self.draw = partial(tasks.sinusoid, oracle=oracle, dtype=np.dtype(settings["dtype"]))
-        self.size = self.network.size * (2 if self.method == "meta-sgd" else 1)
+        self.loss = self.metric = nets.mean_squared_error(self.network)
+        self.oracle, self.threshold = oracle, DIVERGED
+
+    @property
+    def size(self):
+        """How many numbers are learned."""
+        return self.network.size * (2 if self.method == "meta-sgd" else 1)
+
+    def open(self, path):
+        """Loads what data there is."""
+
+    def draw(self, purpose, rng, count, shots, query):
+        """A meta-batch of `count` tasks for a purpose."""
+        return tasks.sinusoid(rng, count, shots, query, self.oracle, np.dtype(self.settings["dtype"]))
+
+    def eval_query(self, shots):
+        """Query examples of a test task."""
+        return EVAL_QUERY
 
     def sample(self, rng):
         """A meta-batch for training."""
-        return self.draw(rng, self.settings["meta_batch"], self.settings["shots"], self.settings["query"])
+        settings = self.settings
+        return self.draw("training", rng, settings["meta_batch"], settings["shots"], settings["query"])
 
     def stream(self, purpose):
         """The seed's generator for one purpose, so that all methods meet the same tasks."""
@@ -337,8 +408,9 @@ class Experiment:
     def start(self):
         """What is learned, at the start: theta [P], and for Meta-SGD its alpha [P] behind it."""
         theta = self.network.init(self.stream("init"), self.settings["dtype"])
-        alpha = np.full(self.size - len(theta), self.settings["alpha"], theta.dtype)
-        return State.start(np.concatenate([theta, alpha]))
+        if self.method != "meta-sgd":
+            return State.start(theta)
+        return State.start(np.concatenate([theta, np.zeros_like(theta) + self.inner_rate()]))
 
     def outer_gradient(self):
         """(theta, support, query) -> value, gradient: what the method descends."""
@@ -352,12 +424,17 @@ class Experiment:
         }.get(self.method, partial(joint_gradient, self.loss))
 
     def inner_rate(self):
-        """alpha; for ANIL (Raghu et al. 2020) an array [P] that is zero but on the last layer."""
-        alpha = self.settings["alpha"]
-        if self.method != "anil":
+        """alpha, or an array [P]: zero on batch norm's shifts, and for ANIL on all but the last layer."""
+        alpha, names = self.settings["alpha"], list(self.network.shapes)
+        fixed = [name for name in names if name.startswith("beta")]
+        if self.method == "anil":
+            fixed = names[:-2]  # Raghu et al. 2020; the last two are w and b
+        if not fixed:
             return alpha
-        rates = np.zeros(self.network.size, self.settings["dtype"])
-        rates[self.network.parts[-1][0]] = alpha
+        rates = np.full(self.network.size, alpha, self.settings["dtype"])
+        for name, view in self.network.unflatten(rates).items():
+            if name in fixed:
+                view[...] = 0
         return rates
 
     def adaptation(self, learned):
@@ -366,10 +443,68 @@ class Experiment:
             return np.split(learned, 2)
         return learned, self.inner_rate()
 
-    def curve(self, learned, tasks, shots, query, steps):
-        """Query losses [steps + 1, tasks] of unseen tasks after 0 ... steps inner steps."""
+    def curve(self, learned, purpose, count, shots, query, steps):
+        """The metric [steps + 1, count] of unseen tasks after 0 ... steps inner steps."""
         theta, alpha = self.adaptation(learned)
-        return evaluate(self.loss, theta, *self.draw(self.stream("test"), tasks, shots, query), alpha, steps)
+        rng, columns = self.stream(purpose), []
+        one = partial(evaluate, self.loss, theta, alpha=alpha, steps=steps, metric=self.metric)
+        for done in range(0, count, self.block):
+            batch = self.draw(purpose, rng, min(self.block, count - done), shots, query)
+            columns += self.map(one, *zip(*chunks(*batch, self.chunk or self.block)))
+        return np.concatenate(columns, axis=1)
+
+
+class ImageExperiment(Experiment):
+    """N-way K-shot images: cross-entropy, accuracy, and a convolutional network or a perceptron."""
+
+    block, threshold = 24, np.inf
+
+    def __init__(self, settings):
+        self.settings, self.method, self.images = settings, settings["method"], None
+        mini, ways = settings["task"] == "miniimagenet", settings["ways"]
+        shape = (84, 84, 3) if mini else (28, 28, 1)
+        if settings["net"] == "conv":
+            self.network = nets.convnet(shape, ways, settings["filters"], pool=mini)
+        else:
+            self.network = nets.mlp((math.prod(shape), 256, 128, 64, 64, ways), normalize=True)
+        self.loss = nets.cross_entropy(self.network)
+        self.metric = partial(accuracy, self.network)
+        self.chunk = 1 if mini or ways > 10 else 4
+        self.map = ThreadPoolExecutor(os.cpu_count()).map
+        if mini:  # the authors clip to ±10 a loss that is ways · query / shots times the mean
+            self.clip = 10 * settings["shots"] / (ways * settings["query"])
+
+    def open(self, path):
+        task = self.settings["task"]
+        try:
+            if path is None and task == "omniglot":
+                path = "data/omniglot"
+                if not os.path.exists(path):
+                    tasks.download_omniglot(path)
+            load = tasks.load_omniglot if task == "omniglot" else tasks.load_miniimagenet
+            self.images = load(path or "data/miniimagenet")
+            for purpose in STREAMS[:3]:
+                self.draw(purpose, self.stream(purpose), 1, self.settings["shots"], self.settings["query"])
+        except (OSError, ValueError) as error:
+            raise Unusable(" ".join(str(error).split()))
+
+    def draw(self, purpose, rng, count, shots, query):
+        images = self.images[{"training": "train", "validation": "val", "test": "test"}[purpose]]
+        rotate, dtype = self.settings["task"] == "omniglot", np.dtype(self.settings["dtype"])
+        return tasks.few_shot(rng, images, count, self.settings["ways"], shots, query, rotate, dtype)
+
+    def eval_query(self, shots):
+        return shots
+
+
+def accuracy(network, theta, x, y):
+    """The fraction of examples whose largest output is at the label: -> [T]."""
+    return (network.forward(theta, x)[0].argmax(axis=-1) == y.argmax(axis=-1)).mean(axis=1)
+
+
+def experiment_of(settings):
+    """The experiment that these settings name."""
+    return (Experiment if settings["task"] == "sinusoid" else ImageExperiment)(settings)
 
 
 # Files -----------------------------------------------------------------------------------------
@@ -424,12 +559,12 @@ def load_checkpoint(path):
             state = State(arrays["theta"], arrays["m"], arrays["v"], int(arrays["iteration"]))
         rng = np.random.default_rng(0)
         rng.bit_generator.state = rng_state
-        if sorted(settings) != sorted(SETTING_KEYS):
-            raise ValueError(f"its settings are {', '.join(settings)}")
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items() if key != "method"]
         kind = "baseline" if settings["method"] in BASELINES else "method"
-        settings = settings_of(build_parser().parse_args([*flags, f"--{kind}={settings['method']}"]))
-        expected = (Experiment(settings).size,), np.dtype(settings["dtype"])
+        parsed = settings_of(build_parser().parse_args([*flags, f"--{kind}={settings['method']}"]))
+        if parsed != settings:
+            raise ValueError(f"its settings are {', '.join(settings)}")
+        expected = (experiment_of(settings).size,), np.dtype(settings["dtype"])
     except FileNotFoundError:
         raise Unusable(f"{path}: there is no such file; name a checkpoint that --save wrote")
     except (
@@ -519,8 +654,9 @@ SETTINGS = (
     ("--beta", rate, "outer step size, Adam's"),
     ("--meta-batch", count, "tasks a meta-iteration"),
     ("--iterations", count, "meta-iterations in all"),
+    ("--ways", count, "classes N a task"),
+    ("--filters", count, "filters a convolution"),
 )
-SETTING_KEYS = ("task", "method", *(flag[2:].replace("-", "_") for flag, *_ in SETTINGS), "seed", "dtype")
 EVALUATION = (
     ("--eval-tasks", count, "unseen tasks for the table"),
     ("--eval-steps", count, "gradient steps up to which the table goes"),
@@ -541,7 +677,8 @@ def build_parser():
         "--baseline", choices=BASELINES, help="in place of a method: what the paper compares with"
     )
     for flag, kind, text in SETTINGS + EVALUATION:
-        defaults = ", ".join(f"{task} {table[flag[2:].replace('-', '_')]}" for task, table in TASKS.items())
+        tables = {task: table.get(flag[2:].replace("-", "_"), "none") for task, table in TASKS.items()}
+        defaults = ", ".join(f"{task} {value or 'as shots'}" for task, value in tables.items())
         parser.add_argument(
             flag, type=kind, metavar="N" if kind is count else "RATE", help=f"{text} (default: {defaults})"
         )
@@ -550,7 +687,16 @@ def build_parser():
         type=count,
         nargs="+",
         metavar="K",
-        help="support sizes to evaluate at (default: sinusoid 5 10 20)",
+        help="support sizes to evaluate at (default: sinusoid 5 10 20, else --shots)",
+    )
+    parser.add_argument("--net", choices=("conv", "mlp"), help="of images (default: conv)")
+    which.add_argument(
+        "--first-order", dest="method", action="store_const", const="fomaml", help="--method fomaml"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)",
     )
     parser.add_argument("--seed", type=seed, metavar="N", help="of every random draw (default: 0)")
     parser.add_argument(
@@ -591,21 +737,32 @@ def settings_of(args):
     """What a checkpoint keeps, from the flags and the task's defaults."""
     if args.task is None:
         raise Unusable(f"--task is missing; name one of {', '.join(TASKS)}")
-    method = args.method or args.baseline or "maml"
-    settings = {"task": args.task, "method": method}
-    for key, default in defaults(args.task, method).items():
-        given = getattr(args, key)
-        settings[key] = default if given is None else given
+    settings = {"task": args.task, "method": args.method or args.baseline or "maml"}
+    if args.task != "sinusoid" and settings["method"] in ("pretrained", "oracle"):
+        raise Unusable(
+            f"--baseline {settings['method']} is for --task sinusoid; images have --baseline random"
+        )
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    for key, default in defaults(args.task, settings["method"], given).items():
+        settings[key] = given.get(key, default)
+    for key in {"ways", "net", "filters", "data"} & set(given) - set(settings):
+        if key != "data" or args.task == "sinusoid":
+            raise Unusable(f"--{key} is for images, and --task {args.task} has none; leave it out")
     return settings
 
 
-def defaults(task, method):
-    """{setting: value} where no flag is given."""
-    table = {key: TASKS[task][key] for key in SETTING_KEYS if key in TASKS[task]} | {
-        "seed": 0,
-        "dtype": "float32",
-    }
-    return table | ({"steps": REPTILE_STEPS} if method == "reptile" else {})
+def defaults(task, method, given):
+    """{setting: value} where no flag is given; some depend on the others (paper, A.1)."""
+    table = {key: value for key, value in TASKS[task].items() if not key.startswith("eval_")}
+    if task == "omniglot" and given.get("ways", 5) > 10:
+        table |= {"steps": 5, "meta_batch": 16}
+    if task == "miniimagenet" and given.get("shots", 1) > 1:
+        table |= {"meta_batch": 2}
+    if "query" not in given and table["query"] is None:
+        table |= {"query": given.get("shots", table["shots"])}
+    if method == "reptile":
+        table |= {"steps": REPTILE_STEPS}
+    return table | {"seed": 0, "dtype": "float32"}
 
 
 def check_agreement(args, settings, path, free):
@@ -636,7 +793,8 @@ def run(args):
             settings, state, _ = load_checkpoint(path)
             check_agreement(args, settings, path, free=() if settings["method"] == "meta-sgd" else ("alpha",))
             settings["alpha"] = settings["alpha"] if args.alpha is None else args.alpha
-            models.append((Experiment(settings), state.theta))
+            models.append((experiment_of(settings), state.theta))
+            models[-1][0].open(args.data)
     else:
         if args.resume:
             settings, state, rng = load_checkpoint(args.resume)
@@ -646,11 +804,13 @@ def run(args):
                 raise Unusable(
                     f"{args.resume} is at iteration {state.iteration}; give --iterations above that"
                 )
-            experiment = Experiment(settings)
+            experiment = experiment_of(settings)
         else:
-            experiment = Experiment(settings_of(args))
-            rng = experiment.stream("training")
-            state = experiment.start()
+            experiment = experiment_of(settings_of(args))
+            rng, state = experiment.stream("training"), experiment.start()
+        if args.plot and isinstance(experiment, ImageExperiment):
+            raise Unusable("--plot draws sinusoids; for images take --log and --results")
+        experiment.open(args.data)
         state, finished = meta_train(experiment, state, rng, args.save or args.resume, args.log)
         if not finished:
             return 130
@@ -663,7 +823,7 @@ def meta_train(experiment, state, rng, save, log):
     """`train` with checkpoints, learning curve, progress and Ctrl-C: -> last state, whether it finished."""
     settings, finished = experiment.settings, True
     iterations = settings["iterations"] if experiment.method != "random" else state.iteration
-    others = experiment.draw(experiment.stream("validation"), 100, settings["shots"], settings["query"])
+    best = kept_best(experiment, save) if isinstance(experiment, ImageExperiment) else None
     log = log and Log(log, state.iteration)
     progress = Progress(state.iteration, iterations)
     interrupted = []
@@ -674,13 +834,27 @@ def meta_train(experiment, state, rng, save, log):
 
     previous = signal.signal(signal.SIGINT, interrupt)
     try:
-        run = train(experiment.outer_gradient(), experiment.sample, state, rng, settings["beta"], iterations)
+        run = train(
+            experiment.outer_gradient(),
+            experiment.sample,
+            state,
+            rng,
+            settings["beta"],
+            iterations,
+            experiment.clip,
+            experiment.chunk,
+            experiment.map,
+        )
         for state, loss in run:  # noqa: B020
             i, last = state.iteration, state.iteration == iterations
             if i % LOG_EVERY == 0 or last:
-                theta, alpha = experiment.adaptation(state.theta)
-                curve = evaluate(experiment.loss, theta, *others, alpha, settings["steps"]).mean(axis=1)
-                progress.text = f"loss {curve[0]:.3f} before, {curve[-1]:.3f} after adaptation"
+                curve = validate(experiment, state.theta)
+                name = "loss" if experiment.metric is experiment.loss else "accuracy"
+                progress.text = f"{name} {curve[0]:.3f} before, {curve[-1]:.3f} after adaptation"
+                if best and curve[-1] > best[0]:
+                    best = curve[-1], state
+                    if save:
+                        save_checkpoint(best_of(save), settings, state, rng)
                 if log:
                     log.write(i, loss, curve[0], curve[-1])
             if save and (i % SAVE_EVERY == 0 or last or interrupted):
@@ -700,7 +874,30 @@ def meta_train(experiment, state, rng, save, log):
         print(f"maml.py: interrupted at iteration {state.iteration}: {hint}", file=sys.stderr)
     elif save and iterations == state.iteration and not os.path.exists(save):
         save_checkpoint(save, settings, state, rng)
-    return state, finished
+    return (best[1] or state) if best else state, finished
+
+
+def validate(experiment, learned):
+    """The mean metric on 100 validation tasks, before and after each of the training's inner steps."""
+    settings = experiment.settings
+    shape = 100, settings["shots"], settings["query"], settings["steps"]
+    return experiment.curve(learned, "validation", *shape).mean(axis=1)
+
+
+def best_of(save):
+    """Where the checkpoint that is best on validation is kept: FILE.best.npz beside FILE.npz."""
+    root, suffix = os.path.splitext(save)
+    return f"{root}.best{suffix}"
+
+
+def kept_best(experiment, save):
+    """-> (validation accuracy, State) of an earlier part of this run, or (-1, None)."""
+    if not save or not os.path.exists(best_of(save)):
+        return -1.0, None
+    settings, state, _ = load_checkpoint(best_of(save))
+    if settings != experiment.settings | {"iterations": settings["iterations"]}:
+        return -1.0, None
+    return validate(experiment, state.theta)[-1], state
 
 
 class Progress:
@@ -737,22 +934,18 @@ def report(models, args):
     rows, curves = [], []
     for experiment, learned in models:
         settings = experiment.settings
-        table = TASKS[settings["task"]]
+        table = TASKS[settings["task"]] | {
+            "eval_shots": TASKS[settings["task"]]["eval_shots"] or [settings["shots"]]
+        }
         asked = {key: getattr(args, key) or table[key] for key in ("eval_tasks", "eval_steps", "eval_shots")}
+        metric = "mse" if experiment.metric is experiment.loss else "accuracy"
         for shots in asked["eval_shots"]:
-            values = experiment.curve(learned, asked["eval_tasks"], shots, EVAL_QUERY, asked["eval_steps"])
-            curves.append((settings["method"], shots, [summarize(v, DIVERGED) for v in values]))
-            rows += [
-                {
-                    "task": settings["task"],
-                    "method": settings["method"],
-                    "shots": shots,
-                    "step": step,
-                    "metric": "mse",
-                    **row,
-                }
-                for step, row in enumerate(curves[-1][2])
-            ]
+            size = asked["eval_tasks"], shots, experiment.eval_query(shots), asked["eval_steps"]
+            values = experiment.curve(learned, "test", *size)
+            curves.append((settings["method"], shots, [summarize(v, experiment.threshold) for v in values]))
+            label = {"task": settings["task"], "method": settings["method"], "shots": shots}
+            for step, row in enumerate(curves[-1][2]):
+                rows.append(label | {"step": step, "metric": metric} | row)
         print_table(settings, asked, curves[-len(asked["eval_shots"]) :])
     if args.results:
         text = io.StringIO()
@@ -766,19 +959,25 @@ def report(models, args):
 
 def print_table(settings, asked, curves):
     """One model's table: a row a gradient step, a column a support size, and the paper's figures."""
-    task, method = settings["task"], settings["method"]
-    print(f"\n{task}, {method}, seed {settings['seed']}, {settings['iterations']} meta-iterations")
-    print(f"query MSE of {asked['eval_tasks']} unseen tasks: mean ± 95 % interval, median, ", end="")
-    print(f"tasks diverged (above {DIVERGED:.0f})\n")
+    task, method, images = settings["task"], settings["method"], "ways" in settings
+    kind = f", {settings['ways']}-way, {settings['net']}" if images else ""
+    print(f"\n{task}{kind}, {method}, seed {settings['seed']}, {settings['iterations']} meta-iterations")
+    what = "query accuracy in %" if images else f"query MSE; diverged: above {DIVERGED:.0f}"
+    print(f"{asked['eval_tasks']} unseen tasks: mean ± 95 % interval, median, tasks diverged ({what})\n")
     print("steps  " + "".join(f"{f'K = {shots}':<34}" for _, shots, _ in curves) + "paper")
     for step in range(asked["eval_steps"] + 1):
         cells, paper = [], []
         for _, shots, rows in curves:
             row = rows[step]
-            cell = f"{figure(row['mean'])} ± {figure(row['ci95'])}  {figure(row['median'])}"
-            cell += f"  {row['diverged'] or '-'}"
+            mean, ci95, median = (
+                figure(row[key] * (100 if images else 1)) for key in ("mean", "ci95", "median")
+            )
+            cell = f"{mean} ± {ci95}  {median}  {row['diverged'] or '-'}"
             cells.append(f"{cell:<34}")
-            printed = PAPER.get((task, method, shots), {}).get(step)
+            key = (
+                (task, method, shots, settings["ways"], settings["net"]) if images else (task, method, shots)
+            )
+            printed = PAPER.get(key, {}).get(step)
             paper += [f"{printed} at K = {shots}"] if printed else []
         print(f"{step:>5}  {''.join(cells)}{', '.join(paper)}".rstrip())
 
@@ -814,7 +1013,7 @@ def plot(models, curves, path):
     for row, (experiment, learned) in enumerate(models):
         shots, line = experiment.settings["shots"], np.linspace(-5, 5, 200)
         theta, alpha = experiment.adaptation(learned)
-        support, query = experiment.draw(experiment.stream("test"), tasks_shown, shots, len(line))
+        support, query = experiment.draw("test", experiment.stream("test"), tasks_shown, shots, len(line))
         shown = query[0].copy()
         shown[..., 0] = line
         _, (latent, _) = tasks.sinusoid(experiment.stream("test"), tasks_shown, shots, 1, oracle=True)

@@ -1393,7 +1393,7 @@ def test_help_gives_every_flag_with_its_default():
     files = "task baseline save resume evaluate log results plot"
     for flag in (numbers + " " + files).split():
         assert f"--{flag} " in out
-    helps = {action.dest.replace("_", "-"): action.help for action in maml.build_parser()._actions}
+    helps = {action.option_strings[-1][2:]: action.help for action in maml.build_parser()._actions}
     assert all("default: " in helps[flag] for flag in numbers.split())
 
 
@@ -1425,6 +1425,113 @@ def test_short_training_learns_to_adapt(folder):
             after[method] = [float(row["mean"]) for row in csv.DictReader(file)]
     assert after["maml"][0] > 2.5 and after["maml"][1] < 1.1
     assert after["fomaml"][1] > 1.2
+
+
+# The command on images --------------------------------------------------------------------------
+
+GLYPHS = ["--task", "omniglot", "--filters", 8, "--meta-batch", 5, "--eval-tasks", 40]
+
+
+@pytest.fixture(scope="module")
+def glyphs(tmp_path_factory):
+    """A folder in Omniglot's layout: 100 drawn characters of four images, so 67, 6 and 27 classes."""
+    folder = tmp_path_factory.mktemp("glyphs")
+    unpacked(folder, drawn(100, 4)[0])
+    return folder
+
+
+def test_short_training_on_drawn_glyphs_beats_chance_by_far(folder, glyphs, capsys):
+    """5-way, 1-shot: chance is 20 %, the stated bar 70 %."""
+    words = ["--data", glyphs, "--iterations", 60, "--save", "a.npz", "--log", "a.csv", "--results", "r.csv"]
+    assert command(*GLYPHS, *words) == 0
+    table = capsys.readouterr().out
+    assert "omniglot, 5-way, conv, maml" in table and "98.7 ± 0.4 at K = 1" in table
+    with open("r.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["metric"] == "accuracy" and len(rows) == 11
+    assert float(rows[0]["mean"]) < 0.35 and float(rows[3]["mean"]) > 0.7
+    assert "a.best.npz" in contents(folder)
+    assert command("--evaluate", "a.best.npz", "--data", glyphs, "--eval-tasks", 40) == 0
+    assert capsys.readouterr().out == table
+
+
+@pytest.mark.parametrize("extra", [["--net", "mlp"], ["--first-order"], ["--method", "anil"]])
+def test_images_resume_to_the_bits_of_an_unbroken_run(folder, glyphs, monkeypatch, extra):
+    """Chunks go to threads, and their results are added in order."""
+    monkeypatch.setattr(maml, "LOG_EVERY", 2)
+    base = [*GLYPHS, "--data", glyphs, "--ways", 3, "--eval-steps", 1, "--save"]
+    assert command(*base, "whole.npz", "--iterations", 6, *extra) == 0
+    assert command(*base, "part.npz", "--iterations", 4, *extra) == 0
+    assert command("--resume", "part.npz", "--data", glyphs, "--iterations", 6, "--eval-steps", 1) == 0
+    for kind in ("", ".best"):
+        whole, resumed = arrays(f"whole{kind}.npz"), arrays(f"part{kind}.npz")
+        assert all(
+            np.array_equal(whole[key], resumed[key]) for key in ("theta", "m", "v", "iteration", "rng")
+        )
+
+
+def test_image_defaults_are_the_papers():
+    def settings(*words):
+        return maml.settings_of(maml.build_parser().parse_args([str(word) for word in words]))
+
+    five, twenty = (settings("--task", "omniglot", "--ways", ways) for ways in (5, 20))
+    assert (five["steps"], five["meta_batch"], five["query"]) == (1, 32, 1)
+    assert (twenty["steps"], twenty["meta_batch"]) == (5, 16)
+    assert (
+        five["alpha"] == 5 * 0.4 and twenty["alpha"] == 20 * 0.1
+    )  # alpha of the paper on a mean over examples
+    assert settings("--task", "omniglot", "--shots", 5)["query"] == 5
+    mini = settings("--task", "miniimagenet", "--shots", 5)
+    assert (mini["alpha"], mini["steps"], mini["meta_batch"], mini["query"], mini["filters"]) == (
+        0.05,
+        5,
+        2,
+        15,
+        32,
+    )
+
+
+def test_batch_norms_shift_is_not_adapted_but_learned(glyphs):
+    words = [str(word) for word in GLYPHS]
+    experiment = maml.experiment_of(maml.settings_of(maml.build_parser().parse_args(words)))
+    experiment.open(glyphs)
+    theta, alpha = experiment.adaptation(experiment.start().theta)
+    batch = experiment.sample(np.random.default_rng(0))
+    adapted = experiment.network.unflatten(maml.adapt(experiment.loss, theta, batch[0], alpha, 2))
+    _, g = experiment.outer_gradient()(theta, *batch)
+    for name, start in experiment.network.unflatten(theta).items():
+        assert np.array_equal(adapted[name][0], start) == name.startswith("beta")
+        assert experiment.network.unflatten(g)[name].any()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--task sinusoid --ways 3", "--ways is for images"),
+        ("--task sinusoid --data .", "--data is for images"),
+        ("--task omniglot --baseline oracle", "is for --task sinusoid"),
+        ("--task omniglot --data nowhere", "nowhere: neither images_background.zip"),
+        ("--task omniglot --data glyphs --ways 7", "there are 6: lower the ways"),
+        ("--task omniglot --data glyphs --shots 3", "there are 4: lower the shots"),
+        ("--task omniglot --data glyphs --plot a.png", "--plot draws sinusoids|matplotlib"),
+        ("--task miniimagenet --data glyphs", "train"),
+        ("--evaluate a.npz --data glyphs --ways 4", "trained with ways 3, not 4"),
+    ],
+)
+def test_bad_use_of_images_is_one_line(folder, glyphs, monkeypatch, capsys, words, message):
+    (folder / "glyphs").symlink_to(glyphs)
+    if "a.npz" in words:
+        command(
+            *GLYPHS, "--data", glyphs, "--ways", 3, "--iterations", 1, "--eval-steps", 1, "--save", "a.npz"
+        )
+    monkeypatch.setattr(maml, "train", lambda *_: pytest.fail("training began"))
+    capsys.readouterr()
+    before = contents(folder)
+    assert command(*shlex.split(words)) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "characters, where all of Omniglot" not in line]
+    assert out == "" and len(lines) == 1 and re.search(message, lines[0])
+    assert contents(folder) == before
 
 
 # The README ------------------------------------------------------------------------------------
