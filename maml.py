@@ -371,7 +371,7 @@ class Experiment:
     """A task distribution, its network and loss, and the method that learns them, by name."""
 
     chunk, block = None, 600  # tasks computed at once; tasks drawn at once to evaluate
-    clip, map = np.inf, staticmethod(map)
+    clip, map, unit = np.inf, staticmethod(map), "loss"
 
     def __init__(self, settings):
         self.settings, self.method = settings, settings["method"]
@@ -457,7 +457,7 @@ class Experiment:
 class ImageExperiment(Experiment):
     """N-way K-shot images: cross-entropy, accuracy, and a convolutional network or a perceptron."""
 
-    block, threshold = 24, np.inf
+    block, threshold, unit = 24, np.inf, "accuracy"
 
     def __init__(self, settings):
         self.settings, self.method, self.images = settings, settings["method"], None
@@ -811,70 +811,62 @@ def run(args):
         if args.plot and isinstance(experiment, ImageExperiment):
             raise Unusable("--plot draws sinusoids; for images take --log and --results")
         experiment.open(args.data)
-        state, finished = meta_train(experiment, state, rng, args.save or args.resume, args.log)
-        if not finished:
+        learned = meta_train(experiment, state, rng, args.save or args.resume, args.log)
+        if learned is None:
             return 130
-        models = [(experiment, state.theta)]
+        models = [(experiment, learned)]
     report(models, args)
     return 0
 
 
 def meta_train(experiment, state, rng, save, log):
-    """`train` with checkpoints, learning curve, progress and Ctrl-C: -> last state, whether it finished."""
-    settings, finished = experiment.settings, True
+    """`train` with checkpoints, learning curve, progress and Ctrl-C: -> what was learned, or None if stopped.
+
+    On images that is what was best on validation, kept beside `save` in FILE.best.npz.
+    """
+    settings = experiment.settings
     iterations = settings["iterations"] if experiment.method != "random" else state.iteration
-    best = kept_best(experiment, save) if isinstance(experiment, ImageExperiment) else None
+    best = kept_best(experiment, save, state)
     log = log and Log(log, state.iteration)
-    progress = Progress(state.iteration, iterations)
-    interrupted = []
-
-    def interrupt(*_):
-        interrupted.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = signal.signal(signal.SIGINT, interrupt)
-    try:
-        run = train(
-            experiment.outer_gradient(),
-            experiment.sample,
-            state,
-            rng,
-            settings["beta"],
-            iterations,
-            experiment.clip,
-            experiment.chunk,
-            experiment.map,
-        )
-        for state, loss in run:  # noqa: B020
-            i, last = state.iteration, state.iteration == iterations
-            if i % LOG_EVERY == 0 or last:
-                curve = validate(experiment, state.theta)
-                name = "loss" if experiment.metric is experiment.loss else "accuracy"
-                progress.text = f"{name} {curve[0]:.3f} before, {curve[-1]:.3f} after adaptation"
-                if best and curve[-1] > best[0]:
-                    best = curve[-1], state
-                    if save:
-                        save_checkpoint(best_of(save), settings, state, rng)
-                if log:
-                    log.write(i, loss, curve[0], curve[-1])
-            if save and (i % SAVE_EVERY == 0 or last or interrupted):
-                save_checkpoint(save, settings, state, rng)
-            progress.show(i, last)
-            if interrupted and not last:
-                finished = False
-                break
-    except FloatingPointError as error:
-        kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
-        raise FloatingPointError(f"{error}: lower --alpha or --beta{kept}") from None
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        progress.close()
-    if not finished:
-        hint = f"saved; go on with --resume {save}" if save else "nothing was saved (no --save)"
-        print(f"maml.py: interrupted at iteration {state.iteration}: {hint}", file=sys.stderr)
-    elif save and iterations == state.iteration and not os.path.exists(save):
+    steps = train(
+        experiment.outer_gradient(),
+        experiment.sample,
+        state,
+        rng,
+        settings["beta"],
+        iterations,
+        experiment.clip,
+        experiment.chunk,
+        experiment.map,
+    )
+    with Interrupt() as interrupt, Progress(state.iteration, iterations) as progress:
+        try:
+            for state, loss in steps:  # noqa: B020
+                i, last = state.iteration, state.iteration == iterations
+                if i % LOG_EVERY == 0 or last:
+                    curve = validate(experiment, state.theta)
+                    progress.text = (
+                        f"{experiment.unit} {curve[0]:.3f} before, {curve[-1]:.3f} after adaptation"
+                    )
+                    if log:
+                        log.write(i, loss, curve[0], curve[-1])
+                    if best and curve[-1] > best[0]:
+                        best = curve[-1], state
+                        if save:
+                            save_checkpoint(best_of(save), settings, state, rng)
+                if save and (i % SAVE_EVERY == 0 or last or interrupt.asked):
+                    save_checkpoint(save, settings, state, rng)
+                progress.show(i, last)
+                if interrupt.asked and not last:
+                    hint = f"saved; go on with --resume {save}" if save else "nothing was saved (no --save)"
+                    progress.say(f"maml.py: interrupted at iteration {i}: {hint}")
+                    return None
+        except FloatingPointError as error:
+            kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
+            raise FloatingPointError(f"{error}: lower --alpha or --beta{kept}") from None
+    if save and iterations == 0:
         save_checkpoint(save, settings, state, rng)
-    return (best[1] or state) if best else state, finished
+    return (best and best[1] or state).theta
 
 
 def validate(experiment, learned):
@@ -890,9 +882,11 @@ def best_of(save):
     return f"{root}.best{suffix}"
 
 
-def kept_best(experiment, save):
-    """-> (validation accuracy, State) of an earlier part of this run, or (-1, None)."""
-    if not save or not os.path.exists(best_of(save)):
+def kept_best(experiment, save, state):
+    """On images (validation accuracy, State) of an earlier part of this run, or (-1, None)."""
+    if not isinstance(experiment, ImageExperiment):
+        return None
+    if state.iteration == 0 or not save or not os.path.exists(best_of(save)):
         return -1.0, None
     settings, state, _ = load_checkpoint(best_of(save))
     if settings != experiment.settings | {"iterations": settings["iterations"]}:
@@ -900,32 +894,52 @@ def kept_best(experiment, save):
     return validate(experiment, state.theta)[-1], state
 
 
+class Interrupt:
+    """Ctrl-C as a flag, `asked`; the second one interrupts as ever."""
+
+    def __enter__(self):
+        self.asked = False
+        self.previous = signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.previous)
+
+
 class Progress:
     """One updating line on a terminal's stderr; elsewhere a plain line every ten seconds."""
 
     def __init__(self, iteration, iterations):
-        self.first, self.iterations, self.text = iteration, iterations, ""
+        self.first, self.iterations, self.text, self.shown = iteration, iterations, "", None
         self.terminal = sys.stderr.isatty()
-        self.began = self.shown = time.monotonic()
+
+    def __enter__(self):
+        self.began = time.monotonic()
+        return self
 
     def show(self, iteration, last):
         now = time.monotonic()
-        if not last and now - self.shown < (0.2 if self.terminal else 10):
+        if not last and now - (self.shown or self.began) < (0.2 if self.terminal else 10):
             return
         self.shown = now
         speed = (iteration - self.first) / max(now - self.began, 1e-9)
         left = round((self.iterations - iteration) / speed)
-        line = f"{iteration}/{self.iterations}  {self.text}  {speed:.0f} iterations/s"
+        line = f"{iteration}/{self.iterations}  {self.text}  {speed:.4g} iterations/s"
         line += f"  {left // 60}:{left % 60:02d} left"
-        print(
-            f"\r{line}\033[K" if self.terminal else line,
-            end="" if self.terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        ends = ("\r", "\033[K", "") if self.terminal else ("", "", "\n")
+        print(f"{ends[0]}{line}{ends[1]}", end=ends[2], file=sys.stderr, flush=True)
 
-    def close(self):
-        if self.terminal and self.shown != self.began:
+    def say(self, line):
+        """Another line, below the updating one."""
+        print("\n" * (self.terminal and self.shown is not None) + line, file=sys.stderr)
+        self.shown = None
+
+    def __exit__(self, *_):
+        if self.terminal and self.shown is not None:
             print(file=sys.stderr)
 
 
@@ -938,7 +952,7 @@ def report(models, args):
             "eval_shots": TASKS[settings["task"]]["eval_shots"] or [settings["shots"]]
         }
         asked = {key: getattr(args, key) or table[key] for key in ("eval_tasks", "eval_steps", "eval_shots")}
-        metric = "mse" if experiment.metric is experiment.loss else "accuracy"
+        metric = "mse" if experiment.unit == "loss" else "accuracy"
         for shots in asked["eval_shots"]:
             size = asked["eval_tasks"], shots, experiment.eval_query(shots), asked["eval_steps"]
             values = experiment.curve(learned, "test", *size)
