@@ -554,6 +554,8 @@ def save_checkpoint(path, settings, state, rng):
 def load_checkpoint(path):
     """-> settings, State, Generator. Unusable where it is not a whole checkpoint; nothing is unpickled."""
     try:
+        if os.path.exists(path) and not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz file")
         with np.load(path, allow_pickle=False) as arrays:
             settings, rng_state = (json.loads(str(arrays[key])) for key in ("settings", "rng"))
             state = State(arrays["theta"], arrays["m"], arrays["v"], int(arrays["iteration"]))
@@ -677,8 +679,9 @@ def build_parser():
         "--baseline", choices=BASELINES, help="in place of a method: what the paper compares with"
     )
     for flag, kind, text in SETTINGS + EVALUATION:
-        tables = {task: table.get(flag[2:].replace("-", "_"), "none") for task, table in TASKS.items()}
-        defaults = ", ".join(f"{task} {value or 'as shots'}" for task, value in tables.items())
+        key = flag[2:].replace("-", "_")
+        tables = [f"{task} {table[key] or 'as shots'}" for task, table in TASKS.items() if key in table]
+        defaults = ", ".join(tables)
         parser.add_argument(
             flag, type=kind, metavar="N" if kind is count else "RATE", help=f"{text} (default: {defaults})"
         )
