@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python bench.py`: every hot path beside its definition, and beside PyTorch and JAX where installed.
+"""`python bench.py [images]`: hot paths beside their definitions, and beside PyTorch and JAX where installed.
 
 Equality is asserted before anything is timed. All sides are float32 and free to use all cores. The sides
 of a row take turns, in blocks of calls, and each shows the median of its blocks, so that a machine whose
@@ -9,6 +9,7 @@ speed drifts slows all alike. Ratios above 1 mean that ours is faster.
 import importlib
 import os
 import platform
+import sys
 import time
 from functools import partial
 
@@ -27,6 +28,7 @@ def optional(name):
 
 
 jax, torch = optional("jax"), optional("torch")
+COLUMNS = "definition", "torch.func", "jax"
 
 
 def assert_equal(found, expected, tolerance=2e-3):
@@ -54,12 +56,12 @@ def milliseconds(sides, seconds=0.1, blocks=7):
     return {name: 1e3 * float(np.median(values)) for name, values in times.items()}
 
 
-def row(label, sides):
+def row(label, sides, columns=COLUMNS, **timing):
     """Prints one line: the first side is ours."""
-    times = milliseconds(sides)
+    times = milliseconds(sides, **timing)
     ours = next(iter(times.values()))
     cells = [f"{ours:9.3f}"]
-    for name in ("definition", "torch.func", "jax"):
+    for name in columns:
         cells.append(f"{times[name]:9.3f} {times[name] / ours:6.2f}×" if name in times else " " * 17)
     print(f"{label:<38}" + "  ".join(cells), flush=True)
 
@@ -163,7 +165,114 @@ def sinusoid_run(loss, theta, count):
     return {"ours": ours, "jax": lambda: scan(theta, key).block_until_ready()}
 
 
-def header():
+def image_sides(shape, ways, filters, pool, count, queries, steps):
+    """The meta-gradient of a convolutional network: chunks of tasks on threads, and PyTorch's two forms.
+
+    Equality is asserted in float64 on two tasks: in float32 rounding tips single ReLUs and pools over, and
+    PyTorch's two forms then differ from each other by a per cent.
+    """
+    rng = np.random.default_rng(0)
+    experiment = maml.experiment_of(
+        {
+            "task": "miniimagenet" if pool else "omniglot",
+            "method": "maml",
+            "ways": ways,
+            "shots": 1,
+            "query": queries // ways,
+            "net": "conv",
+            "filters": filters,
+            "steps": steps,
+            "alpha": 0.001,
+            "seed": 0,
+            "dtype": "float64",
+        }
+    )
+    classes = rng.random((ways, count + 3, 1 + queries // ways, *shape)).swapaxes(0, 1)
+    classes = 0.5 * classes + 0.5 * classes[:, :, :1].mean(axis=2, keepdims=True)
+    batch = tasks.few_shot(
+        rng, classes.reshape(-1, *classes.shape[2:]), count, ways, 1, queries // ways, dtype=np.float64
+    )
+    theta = experiment.network.init(rng, np.float64)
+    step = partial(maml.meta_gradient, experiment.loss, alpha=0.001, steps=steps)
+
+    def sides(theta, support, query):
+        ours = {
+            "ours": lambda: maml.mean_over_chunks(
+                step, theta, support, query, experiment.chunk, experiment.map
+            )[1]
+        }
+        return ours | (
+            torch_image_sides(experiment.network, pool, theta, support, query, 0.001, steps) if torch else {}
+        )
+
+    two = sides(theta, *(tuple(array[:2] for array in pair) for pair in batch))
+    for side in two.values():
+        error = np.linalg.norm(side() - two["ours"]()) / np.linalg.norm(two["ours"]())
+        assert error < 1e-8, f"relative error {error}"
+    return sides(*single((theta, *batch)))
+
+
+def single(arrays):
+    if isinstance(arrays, tuple):
+        return tuple(single(array) for array in arrays)
+    return arrays.astype(np.float32)
+
+
+def torch_image_sides(network, pool, theta, support, query, alpha, steps):
+    """torch.func's vmap over the tasks, and the loop over tasks with create_graph."""
+    functional = torch.nn.functional
+
+    def apply(p, x):
+        for i in range(0, 8, 2):
+            stride, size = 1 if pool else 2, x.shape[-1]
+            total = max((-(-size // stride) - 1) * stride + 3 - size, 0)
+            x = functional.pad(x, (total // 2, total - total // 2) * 2)
+            x = functional.conv2d(x, p[i], stride=stride)
+            x = functional.batch_norm(x, None, None, torch.ones_like(p[i + 1]), p[i + 1], True, 0.1, 0.001)
+            x = functional.relu(x)
+            x = functional.max_pool2d(x, 2) if pool else x
+        x = x.permute(0, 2, 3, 1).flatten(1) if pool else x.mean((2, 3))
+        return x @ p[8] + p[9]
+
+    def loss(p, x, y):
+        return -(y * functional.log_softmax(apply(p, x), -1)).sum(-1).mean()
+
+    def one_task(p, sx, sy, qx, qy):
+        for _ in range(steps):
+            p = [a - alpha * g for a, g in zip(p, torch.func.grad(loss)(p, sx, sy))]
+        return loss(p, qx, qy)
+
+    def flat(p):
+        return np.concatenate(
+            [(a.permute(2, 3, 1, 0) if a.ndim == 4 else a).detach().numpy().ravel() for a in p]
+        )
+
+    arrays = network.unflatten(theta).values()
+    p = [torch.tensor(a.transpose(3, 2, 0, 1) if a.ndim == 4 else a).contiguous() for a in arrays]
+    data = [
+        torch.tensor(a.transpose(0, 1, 4, 2, 3) if a.ndim == 5 else a).contiguous()
+        for a in (*support, *query)
+    ]
+
+    def mapped():
+        total = torch.func.grad(lambda p: torch.func.vmap(lambda *d: one_task(p, *d))(*data).mean())
+        return flat(total(p))
+
+    def looped():
+        start, total = [a.detach().requires_grad_() for a in p], [torch.zeros_like(a) for a in p]
+        for sx, sy, qx, qy in zip(*data):
+            q = start
+            for _ in range(steps):
+                g = torch.autograd.grad(loss(q, sx, sy), q, create_graph=True)
+                q = [a - alpha * b for a, b in zip(q, g)]
+            for a, b in zip(total, torch.autograd.grad(loss(q, qx, qy), start)):
+                a += b / len(data[0])
+        return flat(total)
+
+    return {"torch.func": mapped, "torch loop": looped}
+
+
+def header(columns):
     versions = [f"numpy {np.__version__}", *(f"{m.__name__} {m.__version__}" for m in (torch, jax) if m)]
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
@@ -173,12 +282,22 @@ def header():
     print(f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(versions)}")
     print(f"{blas['name']} {blas['version']}, one thread; PyTorch and JAX as they come")
     print("milliseconds a call; × is how many times ours is as fast\n")
-    print(f"{'':<38}{'ours':>9}  {'definition':>17}  {'torch.func':>17}  {'JAX (jit)':>17}")
+    print(f"{'':<38}{'ours':>9}  " + "  ".join(f"{name:>17}" for name in columns))
 
 
-def main():
-    header()
-    maml.one_blas_thread()  # as the command does; PyTorch and JAX have thread pools of their own
+def images():
+    columns = "torch.func", "torch loop"
+    header(columns)
+    for label, *sizes in (
+        ("Omniglot 5-way, 32 tasks, steps 1", (28, 28, 1), 5, 64, False, 32, 5, 1),
+        ("Omniglot 20-way, 16 tasks, steps 5", (28, 28, 1), 20, 64, False, 16, 20, 5),
+        ("MiniImagenet 5-way, 4 tasks, steps 5", (84, 84, 3), 5, 32, True, 4, 75, 5),
+    ):
+        row(label, image_sides(*sizes), columns, blocks=3)
+
+
+def sinusoids():
+    header(COLUMNS)
     rng = np.random.default_rng(0)
     loss = nets.mean_squared_error(nets.mlp((1, 40, 40, 1)))
     theta = (0.3 * rng.normal(size=loss.network.size)).astype(np.float32)
@@ -205,4 +324,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    maml.one_blas_thread()  # as the command does; PyTorch and JAX have thread pools of their own
+    images() if sys.argv[1:] == ["images"] else sinusoids()

@@ -470,7 +470,7 @@ class ImageExperiment(Experiment):
         self.loss = nets.cross_entropy(self.network)
         self.metric = partial(accuracy, self.network)
         self.chunk = 1 if mini or ways > 10 else 4
-        self.map = ThreadPoolExecutor(os.cpu_count()).map
+        self.map = ThreadPoolExecutor(os.cpu_count(), initializer=partial(np.seterr, all="ignore")).map
         if mini:  # the authors clip to ±10 a loss that is ways · query / shots times the mean
             self.clip = 10 * settings["shots"] / (ways * settings["query"])
 
