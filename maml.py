@@ -566,19 +566,12 @@ def load_checkpoint(path):
         parsed = settings_of(build_parser().parse_args([*flags, f"--{kind}={settings['method']}"]))
         if parsed != settings:
             raise ValueError(f"its settings are {', '.join(settings)}")
+        if state.iteration < 0:
+            raise ValueError(f"its iteration is {state.iteration}")
         expected = (experiment_of(settings).size,), np.dtype(settings["dtype"])
     except FileNotFoundError:
         raise Unusable(f"{path}: there is no such file; name a checkpoint that --save wrote")
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        EOFError,
-        zipfile.BadZipFile,
-        Unusable,
-    ) as error:
+    except Exception as error:  # whatever the bytes hold
         reason = " ".join(str(error).split())[:120]
         raise Unusable(f"{path}: not a whole checkpoint ({reason}); name a file that --save wrote")
     for name in ("theta", "m", "v"):
@@ -598,8 +591,11 @@ class Log:
     def __init__(self, path, iteration):
         rows = []
         if iteration and os.path.exists(path):
-            with open(path, newline="") as file:
-                rows = [row for row in list(csv.reader(file))[1:] if row and int(row[0]) <= iteration]
+            with open(path, newline="", errors="replace") as file:
+                rows = list(csv.reader(file))
+            if rows[:1] != [list(self.columns)]:
+                raise Unusable(f"--log {path}: not the log of this run; name another file, or remove it")
+            rows = [row for row in rows[1:] if row and int(row[0]) <= iteration]
         write_file(path, "".join(",".join(row) + "\n" for row in [self.columns, *rows]).encode())
         self.file = open(path, "ab", buffering=0)
 
@@ -778,9 +774,15 @@ def check_agreement(args, settings, path, free):
             )
 
 
+def check_plottable(args, models):
+    """Unusable where a picture of images is asked for."""
+    if args.plot and any(isinstance(experiment, ImageExperiment) for experiment, _ in models):
+        raise Unusable("--plot draws sinusoids; for images take --log and --results")
+
+
 def run(args):
     """The command: -> exit code."""
-    for flag in ("save", "log", "results", "plot"):
+    for flag in ("save", "resume", "log", "results", "plot"):
         if getattr(args, flag):
             check_writable(f"--{flag}", getattr(args, flag))
     if args.plot:
@@ -797,7 +799,9 @@ def run(args):
             check_agreement(args, settings, path, free=() if settings["method"] == "meta-sgd" else ("alpha",))
             settings["alpha"] = settings["alpha"] if args.alpha is None else args.alpha
             models.append((experiment_of(settings), state.theta))
-            models[-1][0].open(args.data)
+        check_plottable(args, models)
+        for experiment, _ in models:
+            experiment.open(args.data)
     else:
         if args.resume:
             settings, state, rng = load_checkpoint(args.resume)
@@ -811,8 +815,7 @@ def run(args):
         else:
             experiment = experiment_of(settings_of(args))
             rng, state = experiment.stream("training"), experiment.start()
-        if args.plot and isinstance(experiment, ImageExperiment):
-            raise Unusable("--plot draws sinusoids; for images take --log and --results")
+        check_plottable(args, [(experiment, None)])
         experiment.open(args.data)
         learned = meta_train(experiment, state, rng, args.save or args.resume, args.log)
         if learned is None:

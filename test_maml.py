@@ -1345,6 +1345,11 @@ BAD = [
     ("--evaluate shape.npz", r"theta is float32 \(5,\); expected float32 \(1761,\)"),
     ("--evaluate dtype.npz", "theta is float64.*expected float32"),
     ("--evaluate extra.npz", "not a whole checkpoint"),
+    ("--evaluate endless.npz", "not a whole checkpoint"),
+    ("--evaluate negative.npz", "its iteration is -1"),
+    ("--resume good.npz --iterations 50 --log afile", "not the log of this run"),
+    ("--resume good.npz --iterations 50 --log empty", "not the log of this run"),
+    ("--resume nowhere/a.npz", "nowhere/a.npz"),
 ]
 
 
@@ -1361,6 +1366,8 @@ def files(tmp_path_factory):
     np.savez(folder / "pickled.npz", theta=np.array([{}], object), settings="{}")
     checkpoint(str(folder / "task.npz"), settings={"task": "omelette"})
     checkpoint(str(folder / "extra.npz"), settings={"help": ""})
+    checkpoint(str(folder / "endless.npz"), iteration=np.array(np.inf))
+    checkpoint(str(folder / "negative.npz"), iteration=np.array(-1))
     checkpoint(str(folder / "shape.npz"), theta=np.ones(5, np.float32))
     checkpoint(str(folder / "dtype.npz"), theta=np.ones(1761))
     return folder
