@@ -847,7 +847,7 @@ def meta_train(experiment, state, rng, save, log):
     )
     with Interrupt() as interrupt, Progress(state.iteration, iterations) as progress:
         try:
-            for state, loss in steps:  # noqa: B020
+            for state, loss in steps:
                 i, last = state.iteration, state.iteration == iterations
                 if i % LOG_EVERY == 0 or last:
                     curve = validate(experiment, state.theta)

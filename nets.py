@@ -216,11 +216,11 @@ def _transposed_times(a, u, out):
     return np.matmul(a.mT, u).sum(axis=0, out=out)
 
 
-def _append(x, constant):
-    """[x, constant]: a column more."""
+def _append_one(x):
+    """[x, 1]: a column of ones more."""
     a = np.empty(x.shape[:-1] + (x.shape[-1] + 1,), x.dtype)
     a[..., :-1] = x
-    a[..., -1] = constant
+    a[..., -1] = 1
     return a
 
 
@@ -246,7 +246,7 @@ class Dense:
 
     def forward(self, w, x):
         inputs = x.shape[-1]
-        a = _append(x, 1) if self.bias else x
+        a = _append_one(x) if self.bias else x
         wt = w[..., :inputs, :].mT
 
         def backward(u, g):
