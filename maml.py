@@ -71,7 +71,7 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
         v_S = ∇L(theta_S; query),    v_s = v_{s+1} - H_s (alpha ⊙ v_{s+1}),    gradient = v_0.
 
     theta [P]; alpha a number or [P]. order=1 drops every H (first-order MAML). Costs steps + 1 gradients
-    and `steps` Hessian-vector products, and keeps of a step only what its product reads.
+    and `steps` Hessian-vector products, and keeps of a step its gradient and what its product reads.
     """
     alpha = _checked(theta, support, alpha, steps)
     theta, trail = unroll(loss, theta, support, alpha, steps)
