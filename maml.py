@@ -292,6 +292,7 @@ def summarize(values, threshold):
 
 # The experiments -------------------------------------------------------------------------------
 
+RL_TASKS = ("navigation", "cheetah-vel", "cheetah-dir", "ant-vel", "ant-dir")
 METHODS = ("maml", "fomaml", "anil", "meta-sgd", "reptile")
 BASELINES = ("random", "pretrained", "oracle")
 
@@ -362,7 +363,6 @@ PAPER = {
 
 EVAL_QUERY = 100  # query points of a test sinusoid: the figure is the paper's, with less noise
 DIVERGED = 100.0  # of a sinusoid's error: four times the largest amplitude squared
-LOG_EVERY, SAVE_EVERY = 500, 1000  # meta-iterations
 STREAMS = ("training", "test", "validation", "init")
 REPTILE_STEPS = 10  # with one inner step Reptile is joint training
 
@@ -372,6 +372,8 @@ class Experiment:
 
     chunk, block = None, 600  # tasks computed at once; tasks drawn at once to evaluate
     clip, map, unit = np.inf, staticmethod(map), "loss"
+    log_every, save_every, keeps_best = 500, 1000, False  # meta-iterations; whether validation selects
+    columns, state = ("loss", "before", "after"), State  # of the log; what `train` yields
 
     def __init__(self, settings):
         self.settings, self.method = settings, settings["method"]
@@ -423,6 +425,30 @@ class Experiment:
             "reptile": partial(reptile_gradient, self.loss, alpha=alpha, steps=steps),
         }.get(self.method, partial(joint_gradient, self.loss))
 
+    def train(self, state, rng, iterations):
+        """`train` with the settings: yields (state, meta-loss)."""
+        beta, sample = self.settings["beta"], self.sample
+        return train(
+            self.outer_gradient(), sample, state, rng, beta, iterations, self.clip, self.chunk, self.map
+        )
+
+    def measure(self, state, loss):
+        """-> a row of the log, the line of progress, and the validation score or None."""
+        curve = self.validate(state.theta)
+        before, after = curve[0], curve[-1]
+        text = f"{self.unit} {before:.3f} before, {after:.3f} after adaptation"
+        return (loss, before, after), text, after
+
+    def validate(self, learned):
+        """The mean metric on 100 validation tasks, before and after each of the training's inner steps."""
+        settings = self.settings
+        shape = 100, settings["shots"], settings["query"], settings["steps"]
+        return self.curve(learned, "validation", *shape).mean(axis=1)
+
+    def score(self, learned):
+        """What selects the best checkpoint: larger is better."""
+        return self.validate(learned)[-1]
+
     def inner_rate(self):
         """alpha, or an array [P]: zero on batch norm's shifts, and for ANIL on all but the last layer."""
         alpha, names = self.settings["alpha"], list(self.network.shapes)
@@ -457,7 +483,7 @@ class Experiment:
 class ImageExperiment(Experiment):
     """N-way K-shot images: cross-entropy, accuracy, and a convolutional network or a perceptron."""
 
-    block, threshold, unit = 24, np.inf, "accuracy"
+    block, threshold, unit, keeps_best = 24, np.inf, "accuracy", True
 
     def __init__(self, settings):
         self.settings, self.method, self.images = settings, settings["method"], None
@@ -529,6 +555,22 @@ def write_file(path, data):
         raise
 
 
+def write_rows(path, rows):
+    """Dictionaries as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode())
+
+
+def write_figure(path, canvas):
+    """A matplotlib figure, in the format that the name's ending says."""
+    picture = io.BytesIO()
+    canvas.savefig(picture, format=os.path.splitext(path)[1].lstrip("."), dpi=110)
+    write_file(path, picture.getvalue())
+
+
 def check_writable(flag, path):
     """Unusable unless a file can be made beside `path`; found out by making one (root may write anywhere)."""
     probe = f"{path}.{os.getpid()}.tmp"
@@ -551,31 +593,36 @@ def save_checkpoint(path, settings, state, rng):
     write_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path):
-    """-> settings, State, Generator. Unusable where it is not a whole checkpoint; nothing is unpickled."""
+def load_checkpoint(path, command):
+    """-> settings, what `command` trains, Generator; nothing is unpickled.
+
+    Unusable where it is not a whole checkpoint of that command.
+    """
     try:
         if os.path.exists(path) and not zipfile.is_zipfile(path):
             raise ValueError("it is no .npz file")
         with np.load(path, allow_pickle=False) as arrays:
             settings, rng_state = (json.loads(str(arrays[key])) for key in ("settings", "rng"))
-            state = State(arrays["theta"], arrays["m"], arrays["v"], int(arrays["iteration"]))
+            kept = {key: arrays[key] for key in arrays if key not in ("settings", "rng", "iteration")}
+            iteration = int(arrays["iteration"])
         rng = np.random.default_rng(0)
         rng.bit_generator.state = rng_state
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items() if key != "method"]
         kind = "baseline" if settings["method"] in BASELINES else "method"
-        parsed = settings_of(build_parser().parse_args([*flags, f"--{kind}={settings['method']}"]))
-        if parsed != settings:
+        parsed = command.parser().parse_args([*flags, f"--{kind}={settings['method']}"])
+        if command.settings_of(parsed) != settings:
             raise ValueError(f"its settings are {', '.join(settings)}")
-        if state.iteration < 0:
-            raise ValueError(f"its iteration is {state.iteration}")
-        expected = (experiment_of(settings).size,), np.dtype(settings["dtype"])
+        if iteration < 0:
+            raise ValueError(f"its iteration is {iteration}")
+        experiment = command.experiment_of(settings)
+        state = experiment.state(**kept, iteration=iteration)
+        expected = (experiment.size,), np.dtype(settings["dtype"])
     except FileNotFoundError:
         raise Unusable(f"{path}: there is no such file; name a checkpoint that --save wrote")
     except Exception as error:  # whatever the bytes hold
         reason = " ".join(str(error).split())[:120]
         raise Unusable(f"{path}: not a whole checkpoint ({reason}); name a file that --save wrote")
-    for name in ("theta", "m", "v"):
-        found = getattr(state, name)
+    for name, found in kept.items():
         if (found.shape, found.dtype) != expected:
             raise Unusable(
                 f"{path}: {name} is {found.dtype} {found.shape}; expected {expected[1]} {expected[0]}"
@@ -586,17 +633,15 @@ def load_checkpoint(path):
 class Log:
     """The learning curve as CSV, one row a write, so that no row is torn; it goes on after `iteration`."""
 
-    columns = ("iteration", "loss", "before", "after")
-
-    def __init__(self, path, iteration):
-        rows = []
+    def __init__(self, path, columns, iteration):
+        head, rows = ["iteration", *columns], []
         if iteration and os.path.exists(path):
             with open(path, newline="", errors="replace") as file:
                 rows = list(csv.reader(file))
-            if rows[:1] != [list(self.columns)]:
+            if rows[:1] != [head]:
                 raise Unusable(f"--log {path}: not the log of this run; name another file, or remove it")
             rows = [row for row in rows[1:] if row and int(row[0]) <= iteration]
-        write_file(path, "".join(",".join(row) + "\n" for row in [self.columns, *rows]).encode())
+        write_file(path, "".join(",".join(row) + "\n" for row in [head, *rows]).encode())
         self.file = open(path, "ab", buffering=0)
 
     def write(self, *row):
@@ -637,6 +682,13 @@ def rate(text):
     return number
 
 
+def task_name(text):
+    """A flag's value as the name of a task that this command knows."""
+    if text in RL_TASKS:
+        raise Unusable(f"{text} is a task of rl.py: python rl.py --task {text}")
+    return text
+
+
 count.__name__, seed.__name__, rate.__name__ = (
     "count (1 or more)",
     "seed (0 or more)",
@@ -668,7 +720,7 @@ def build_parser():
         allow_abbrev=False,
         description="Model-Agnostic Meta-Learning: meta-trains, then evaluates on unseen tasks.",
     )
-    parser.add_argument("--task", choices=TASKS, help="the task distribution p(T)")
+    parser.add_argument("--task", type=task_name, choices=TASKS, help="the task distribution p(T)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--method", choices=METHODS, help="what is learned, and how (default: maml)")
     which.add_argument(
@@ -697,6 +749,12 @@ def build_parser():
         metavar="FOLDER",
         help="of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)",
     )
+    add_common_flags(parser, Experiment)
+    return parser
+
+
+def add_common_flags(parser, experiment):
+    """The flags that have nothing to do with the task."""
     parser.add_argument("--seed", type=seed, metavar="N", help="of every random draw (default: 0)")
     parser.add_argument(
         "--dtype", choices=("float32", "float64"), help="of all arithmetic (default: float32)"
@@ -704,7 +762,7 @@ def build_parser():
     parser.add_argument(
         "--save",
         metavar="FILE.npz",
-        help=f"checkpoint, every {SAVE_EVERY} meta-iterations, on Ctrl-C and at the end",
+        help=f"checkpoint, every {experiment.save_every} meta-iterations, on Ctrl-C and at the end",
     )
     parser.add_argument(
         "--resume",
@@ -720,16 +778,14 @@ def build_parser():
     parser.add_argument(
         "--log",
         metavar="FILE.csv",
-        help=f"learning curve, every {LOG_EVERY} meta-iterations: loss of the meta-batch, and of 100 other "
-        "tasks before and after adaptation",
+        help=f"learning curve, every {experiment.log_every} meta-iterations: {', '.join(experiment.columns)}",
     )
     parser.add_argument("--results", metavar="FILE.csv", help="the final table")
     parser.add_argument(
         "--plot",
         metavar="FILE.png",
-        help="picture of some test tasks and of the error against gradient steps (needs matplotlib)",
+        help="picture of some test tasks, and the curve against gradient steps (needs matplotlib)",
     )
-    return parser
 
 
 def settings_of(args):
@@ -780,7 +836,18 @@ def check_plottable(args, models):
         raise Unusable("--plot draws sinusoids; for images take --log and --results")
 
 
-def run(args):
+class Command(NamedTuple):
+    """What this file's command line and rl.py's differ in."""
+
+    name: str
+    parser: object
+    settings_of: object
+    experiment_of: object
+    report: object
+    lower: str  # what to lower where training diverges
+
+
+def run(args, command):
     """The command: -> exit code."""
     for flag in ("save", "resume", "log", "results", "plot"):
         if getattr(args, flag):
@@ -795,91 +862,71 @@ def run(args):
                 )
         models = []
         for path in args.evaluate:
-            settings, state, _ = load_checkpoint(path)
+            settings, state, _ = load_checkpoint(path, command)
             check_agreement(args, settings, path, free=() if settings["method"] == "meta-sgd" else ("alpha",))
             settings["alpha"] = settings["alpha"] if args.alpha is None else args.alpha
-            models.append((experiment_of(settings), state.theta))
+            models.append((command.experiment_of(settings), state.theta))
         check_plottable(args, models)
         for experiment, _ in models:
-            experiment.open(args.data)
+            experiment.open(getattr(args, "data", None))
     else:
         if args.resume:
-            settings, state, rng = load_checkpoint(args.resume)
+            settings, state, rng = load_checkpoint(args.resume, command)
             check_agreement(args, settings, args.resume, free=("iterations",))
             settings["iterations"] = args.iterations or settings["iterations"]
             if settings["iterations"] <= state.iteration:
                 raise Unusable(
                     f"{args.resume} is at iteration {state.iteration}; give --iterations above that"
                 )
-            experiment = experiment_of(settings)
+            experiment = command.experiment_of(settings)
         else:
-            experiment = experiment_of(settings_of(args))
+            experiment = command.experiment_of(command.settings_of(args))
             rng, state = experiment.stream("training"), experiment.start()
         check_plottable(args, [(experiment, None)])
-        experiment.open(args.data)
-        learned = meta_train(experiment, state, rng, args.save or args.resume, args.log)
+        experiment.open(getattr(args, "data", None))
+        learned = meta_train(experiment, state, rng, args.save or args.resume, args.log, command)
         if learned is None:
             return 130
         models = [(experiment, learned)]
-    report(models, args)
+    command.report(models, args)
     return 0
 
 
-def meta_train(experiment, state, rng, save, log):
+def meta_train(experiment, state, rng, save, log, command):
     """`train` with checkpoints, learning curve, progress and Ctrl-C: -> what was learned, or None if stopped.
 
-    On images that is what was best on validation, kept beside `save` in FILE.best.npz.
+    Where validation selects, that is what was best on it, kept beside `save` in FILE.best.npz.
     """
     settings = experiment.settings
     iterations = settings["iterations"] if experiment.method != "random" else state.iteration
-    best = kept_best(experiment, save, state)
-    log = log and Log(log, state.iteration)
-    steps = train(
-        experiment.outer_gradient(),
-        experiment.sample,
-        state,
-        rng,
-        settings["beta"],
-        iterations,
-        experiment.clip,
-        experiment.chunk,
-        experiment.map,
-    )
+    best = kept_best(experiment, save, state, command)
+    log = log and Log(log, experiment.columns, state.iteration)
+    run = experiment.train(state, rng, iterations)
     with Interrupt() as interrupt, Progress(state.iteration, iterations) as progress:
         try:
-            for state, loss in steps:
+            for state, outcome in run:
                 i, last = state.iteration, state.iteration == iterations
-                if i % LOG_EVERY == 0 or last:
-                    curve = validate(experiment, state.theta)
-                    progress.text = (
-                        f"{experiment.unit} {curve[0]:.3f} before, {curve[-1]:.3f} after adaptation"
-                    )
+                if i % experiment.log_every == 0 or last:
+                    row, progress.text, score = experiment.measure(state, outcome)
                     if log:
-                        log.write(i, loss, curve[0], curve[-1])
-                    if best and curve[-1] > best[0]:
-                        best = curve[-1], state
+                        log.write(i, *row)
+                    if score is not None and score > best[0]:
+                        best = score, state
                         if save:
                             save_checkpoint(best_of(save), settings, state, rng)
-                if save and (i % SAVE_EVERY == 0 or last or interrupt.asked):
+                if save and (i % experiment.save_every == 0 or last or interrupt.asked):
                     save_checkpoint(save, settings, state, rng)
                 progress.show(i, last)
                 if interrupt.asked and not last:
                     hint = f"saved; go on with --resume {save}" if save else "nothing was saved (no --save)"
-                    progress.say(f"maml.py: interrupted at iteration {i}: {hint}")
+                    progress.say(f"{command.name}: interrupted at iteration {i}: {hint}")
                     return None
         except FloatingPointError as error:
             kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
-            raise FloatingPointError(f"{error}: lower --alpha or --beta{kept}") from None
+            raise FloatingPointError(f"{error}: lower {command.lower}{kept}") from None
     if save and iterations == 0:
         save_checkpoint(save, settings, state, rng)
-    return (best and best[1] or state).theta
-
-
-def validate(experiment, learned):
-    """The mean metric on 100 validation tasks, before and after each of the training's inner steps."""
-    settings = experiment.settings
-    shape = 100, settings["shots"], settings["query"], settings["steps"]
-    return experiment.curve(learned, "validation", *shape).mean(axis=1)
+    return (best[1] or state).theta
 
 
 def best_of(save):
@@ -888,16 +935,16 @@ def best_of(save):
     return f"{root}.best{suffix}"
 
 
-def kept_best(experiment, save, state):
-    """On images (validation accuracy, State) of an earlier part of this run, or (-1, None)."""
-    if not isinstance(experiment, ImageExperiment):
-        return None
+def kept_best(experiment, save, state, command):
+    """(validation score, State) of the best so far, in an earlier part of this run; the State may be None."""
+    if not experiment.keeps_best:
+        return np.inf, None
     if state.iteration == 0 or not save or not os.path.exists(best_of(save)):
-        return -1.0, None
-    settings, state, _ = load_checkpoint(best_of(save))
+        return -np.inf, None
+    settings, state, _ = load_checkpoint(best_of(save), command)
     if settings != experiment.settings | {"iterations": settings["iterations"]}:
-        return -1.0, None
-    return validate(experiment, state.theta)[-1], state
+        return -np.inf, None
+    return experiment.score(state.theta), state
 
 
 class Interrupt:
@@ -968,11 +1015,7 @@ def report(models, args):
                 rows.append(label | {"step": step, "metric": metric} | row)
         print_table(settings, asked, curves[-len(asked["eval_shots"]) :])
     if args.results:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_file(args.results, text.getvalue().encode())
+        write_rows(args.results, rows)
     if args.plot:
         plot(models, curves, args.plot)
 
@@ -1084,17 +1127,20 @@ def plot(models, curves, path):
     write_file(path, picture.getvalue())
 
 
-def main(argv=None):
+COMMAND = Command("maml.py", build_parser, settings_of, experiment_of, report, "--alpha or --beta")
+
+
+def main(argv=None, command=COMMAND):
     """Runs the command line: -> exit code."""
     one_blas_thread()
     try:
         with np.errstate(all="ignore"):
-            return run(build_parser().parse_args(argv))
+            return run(command.parser().parse_args(argv), command)
     except Unusable as error:
-        print(f"maml.py: {error}", file=sys.stderr)
+        print(f"{command.name}: {error}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
-        print(f"maml.py: {error}", file=sys.stderr)
+        print(f"{command.name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -76,30 +76,31 @@ class Network:
         finish(du, h)   -> h = Jᵀdu + (dJ)ᵀu, [T, P], or its sum over tasks where h is [P]
         """
         x = self._checked(theta, x)
-        tasks, backwards, tangents = len(x), [], []
+        tasks, backwards = len(x), []
         for layer, w in zip(self.layers, self._views(theta)):
             x, back = layer.forward(w, x)
             backwards.append(back)
 
         def backward(u):
-            gradient = np.empty((tasks, self.size), theta.dtype)
+            gradient, tangents = np.empty((tasks, self.size), theta.dtype), []
             for back, g in zip(reversed(backwards), reversed(self._views(gradient))):
                 u, forth = back(u, g)
                 tangents.append(forth)
+
+            def tangent(v):
+                dx, finishes = None, []
+                for forth, w in zip(reversed(tangents), self._views(v)):
+                    dx, back = forth(w, dx)
+                    finishes.append(back)
+
+                def finish(du, h):
+                    for back, part in zip(reversed(finishes), reversed(self._views(h))):
+                        du = back(du, part)
+                    return h
+
+                return dx, finish
+
             return gradient, tangent
-
-        def tangent(v):
-            dx, finishes = None, []
-            for forth, w in zip(reversed(tangents), self._views(v)):
-                dx, back = forth(w, dx)
-                finishes.append(back)
-
-            def finish(du, h):
-                for back, part in zip(reversed(finishes), reversed(self._views(h))):
-                    du = back(du, part)
-                return h
-
-            return dx, finish
 
         return x, backward
 
@@ -124,18 +125,19 @@ class Network:
         return x.reshape(x.shape[:2] + self.inputs)
 
 
-def mlp(sizes, normalize=False):
+def mlp(sizes, normalize=False, draw=None):
     """Multi-layer perceptron, sizes = (inputs, hidden, ..., outputs), ReLU after each hidden layer.
 
     theta is w1 b1 w2 b2 ...; with `normalize` (batch norm before each ReLU) w1 beta1 ... w b. Weights
-    start as the authors': a normal of deviation 0.01 cut at two deviations; the rest zero.
+    start as draw(rng, shape), by default the authors' `truncated_normal`; the rest zero.
     """
+    draw = draw or truncated_normal
     layers, last = [], len(sizes) - 1
     for i in range(1, last):
         bias = () if normalize else (f"b{i}",)
-        layers += [Dense(sizes[i - 1], sizes[i], (f"w{i}", *bias), first=i == 1)]
+        layers += [Dense(sizes[i - 1], sizes[i], (f"w{i}", *bias), draw, first=i == 1)]
         layers += [BatchNorm(sizes[i], f"beta{i}"), Relu()] if normalize else [Relu()]
-    layers += [Dense(sizes[-2], sizes[-1], (f"w{last}", f"b{last}"), first=last == 1)]
+    layers += [Dense(sizes[-2], sizes[-1], (f"w{last}", f"b{last}"), draw, first=last == 1)]
     return Network(layers, (sizes[0],), (sizes[-1],))
 
 

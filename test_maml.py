@@ -1236,7 +1236,7 @@ def test_every_method_and_baseline_runs_saves_and_evaluates_alike(folder, capsys
 
 @pytest.mark.parametrize("method", ["maml", "meta-sgd"])
 def test_resume_ends_in_the_bits_of_an_unbroken_run(folder, monkeypatch, method):
-    monkeypatch.setattr(maml, "SAVE_EVERY", 15)
+    monkeypatch.setattr(maml.Experiment, "save_every", 15)
     base = [*QUICK[:2], "--meta-batch", 3, "--eval-tasks", 4, "--eval-shots", 2, "--method", method]
     assert command(*base, "--iterations", 40, "--save", "whole.npz", "--log", "whole.csv") == 0
     assert command(*base, "--iterations", 25, "--save", "part.npz") == 0
@@ -1255,7 +1255,7 @@ def test_same_seed_same_bits_and_another_seed_others(folder):
 
 
 def test_a_log_goes_on_after_the_checkpoint_it_resumes(folder, monkeypatch):
-    monkeypatch.setattr(maml, "LOG_EVERY", 10)
+    monkeypatch.setattr(maml.Experiment, "log_every", 10)
     command(*QUICK, "--iterations", 60, "--log", "whole.csv")
     command(*QUICK, "--iterations", 30, "--save", "a.npz", "--log", "a.csv")
     with open("a.csv", "a") as file:
@@ -1282,7 +1282,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_130(folder):
 
 
 def test_a_diverging_run_stops_names_the_iteration_and_keeps_the_checkpoint(folder, capsys, monkeypatch):
-    monkeypatch.setattr(maml, "SAVE_EVERY", 1)
+    monkeypatch.setattr(maml.Experiment, "save_every", 1)
     assert command(*QUICK, "--beta", 100, "--save", "a.npz") == 1
     message = capsys.readouterr().err.splitlines()[-1]
     stopped = int(re.search(r"at iteration (\d+).*--alpha or --beta.*a.npz", message)[1])
@@ -1465,7 +1465,7 @@ def test_short_training_on_drawn_glyphs_beats_chance_by_far(folder, glyphs, caps
 @pytest.mark.parametrize("extra", [["--net", "mlp"], ["--first-order"], ["--method", "anil"]])
 def test_images_resume_to_the_bits_of_an_unbroken_run(folder, glyphs, monkeypatch, extra):
     """Chunks go to threads, and their results are added in order."""
-    monkeypatch.setattr(maml, "LOG_EVERY", 2)
+    monkeypatch.setattr(maml.Experiment, "log_every", 2)
     base = [*GLYPHS, "--data", glyphs, "--ways", 3, "--eval-steps", 1, "--save"]
     assert command(*base, "whole.npz", "--iterations", 6, *extra) == 0
     assert command(*base, "part.npz", "--iterations", 4, *extra) == 0

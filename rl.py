@@ -1,0 +1,721 @@
+# SPDX-License-Identifier: MIT
+"""MAML for reinforcement learning (section 5.3 of the paper): policy gradients inside, TRPO outside.
+
+Axes: T tasks, B trajectories a task, H steps a trajectory, d numbers an observation, a numbers an action,
+P parameters. Where steps follow on each other is of no matter, [T, n, ...] has n = B·H of them. A trajectory
+that ends early is followed by steps whose mask is 0; no mean counts them.
+
+Inside, theta'_i = theta - alpha ∇L_i(theta), L_i = -mean over steps of log pi_theta(a | s) A: eq. (4) of the
+paper, differentiated as it stands. Outside, with J_i = dtheta'_i / dtheta a product of I - alpha H,
+
+    max over theta of  mean_i mean over steps of pi_theta'_i(a | s) / pi_old(a | s) A
+    subject to         mean_i KL(pi_old, pi_theta'_i) <= max_kl
+
+on the steps that the adapted policies took. At the old theta the constraint's Hessian is mean_i J_iᵀ F_i J_i,
+F_i the Fisher matrix of the adapted policy: exact, with no third derivative, as the gradient of the KL is 0.
+"""
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import autograd.numpy as anp
+import numpy as np
+
+import maml
+import nets
+
+# Environments ----------------------------------------------------------------------------------
+
+
+class Navigation:
+    """A point in the plane moves by clip(0.1 action, ±0.1) a step towards a goal it does not see.
+
+    goals [T, 2]. reset(rng) -> observations [T, B, 2], all at the origin; step(actions [T, B, 2]) ->
+    observations, rewards [T, B], done [T, B]. The reward is minus the distance after the move; a trajectory is
+    done where both coordinates are within 0.01 of the goal's. The oracle's observation has the goal behind it.
+    """
+
+    horizon, actions = 100, 2
+
+    def __init__(self, goals, trajectories, oracle=False):
+        self.goals = np.repeat(np.asarray(goals, float)[:, None], trajectories, axis=1)
+        self.oracle = oracle
+
+    def reset(self, rng):
+        self.position = np.zeros_like(self.goals)
+        return self.observe()
+
+    def step(self, actions):
+        self.position = self.position + np.clip(0.1 * actions, -0.1, 0.1)
+        offset = self.position - self.goals
+        return self.observe(), -np.hypot(*np.moveaxis(offset, -1, 0)), (np.abs(offset) < 0.01).all(axis=-1)
+
+    def observe(self):
+        return np.concatenate([self.position, self.goals], axis=-1) if self.oracle else self.position
+
+
+# The policy ------------------------------------------------------------------------------------
+
+LOWEST = float(np.log(1e-6))
+
+
+class LogStd:
+    """out = [x, log_std], log_std the same for every x and no lower than log 1e-6: the last layer of a policy."""
+
+    def __init__(self, actions):
+        self.shapes, self.view = {"log_std": (actions,)}, (actions,)
+
+    def init(self, rng):
+        return np.zeros(self.view)
+
+    def apply(self, x, w):
+        return anp.concatenate([x, anp.maximum(w, LOWEST)[..., None, :] + anp.zeros_like(x)], axis=-1)
+
+    def forward(self, w, x):
+        free, n = (w > LOWEST).astype(w.dtype), x.shape[-1]
+
+        def backward(u, g):
+            g[...] = free * u[..., n:].sum(axis=1)
+
+            def tangent(v, dx):
+                def finish(du, h):
+                    total = free * du[..., n:].sum(axis=1)
+                    h[...] = total if h.ndim == 2 else total.sum(axis=0)
+                    return du[..., :n]
+
+                return _join(dx, free * v), finish
+
+            return u[..., :n], tangent
+
+        return _join(x, np.maximum(w, LOWEST)), backward
+
+
+def _join(x, w):
+    return np.concatenate([x, np.broadcast_to(w[..., None, :], x.shape)], axis=-1)
+
+
+def _halves(array):
+    middle = array.shape[-1] // 2
+    return array[..., :middle], array[..., middle:]
+
+
+def gaussian_policy(inputs, actions, hidden):
+    """pi(a | s) = N(f(s), exp(log_std)²): a Network with outputs [mean, log_std], [T, n, 2a].
+
+    f is an mlp with ReLU, Glorot-uniform weights and zero biases; log_std is a parameter an action, from 0.
+    """
+    layers = nets.mlp((inputs, *hidden, actions), draw=nets.glorot_uniform).layers
+    return nets.Network([*layers, LogStd(actions)], (inputs,), (2 * actions,))
+
+
+def log_density(out, action):
+    """log N(action; mean, exp(log_std)²) of each number of an action: [T, n, a], out = [mean, log_std]."""
+    mean, log_std = _halves(out)
+    return (
+        -0.5 * ((action - mean) * anp.exp(-log_std)) ** 2
+        - log_std
+        - 0.5 * np.log(2 * np.pi).astype(out.dtype)
+    )
+
+
+def log_likelihood(out, action):
+    """log pi(action | s), [T, n]: the sum over the numbers of an action."""
+    return anp.sum(log_density(out, action), axis=-1)
+
+
+def kl(old, new):
+    """KL(old ‖ new) = E_old[log pi_old - log pi_new] at each step, [T, n], of the policies' outputs."""
+    (m0, l0), (m1, l1) = _halves(old), _halves(new)
+    return anp.sum(l1 - l0 + 0.5 * (anp.exp(2 * l0) + (m0 - m1) ** 2) * anp.exp(-2 * l1) - 0.5, axis=-1)
+
+
+def fisher(out):
+    """The Hessian of kl(out, ·) at out, diagonal: 1 / sigma² for a mean, 2 for a log_std; shaped as out."""
+    _, log_std = _halves(out)
+    return np.concatenate([np.exp(-2 * log_std), np.full_like(log_std, 2)], axis=-1)
+
+
+class PolicyGradient:
+    """L = -Σ over steps of w log pi(a | s), an output loss of nets.py; y = [a, w], w once per number of a.
+
+    With w = advantage / steps it is the loss of the inner update, and its gradient by theta' is minus that of
+    the surrogate mean of pi_theta' / pi_old A at pi_old = pi_theta', where the ratio is 1.
+    """
+
+    def value(self, out, y):
+        action, weight = _halves(y)
+        return -anp.sum(weight * log_density(out, action), axis=(1, 2))
+
+    def expand(self, out, y):
+        (mean, log_std), (action, weight) = _halves(out), _halves(y)
+        inverse = np.exp(-log_std)
+        z = (action - mean) * inverse
+        by_mean = -weight * z * inverse
+
+        def second(d_out):
+            d_mean, d_log = _halves(d_out)
+            dz = -d_mean * inverse - z * d_log
+            return np.concatenate([-weight * inverse * (dz - z * d_log), -2 * weight * z * dz], axis=-1)
+
+        return self.value(out, y), np.concatenate([by_mean, -weight * (z * z - 1)], axis=-1), second
+
+
+# Sampling --------------------------------------------------------------------------------------
+
+
+class Episodes(NamedTuple):
+    """observations [T, B, H, d], actions [T, B, H, a], rewards [T, B, H], mask [T, B, H]: 1 until the end."""
+
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    mask: np.ndarray
+
+    def returns(self):
+        """Σ_t r_t, undiscounted, its mean over a task's trajectories: [T]."""
+        return self.rewards.sum(axis=2).mean(axis=1)
+
+
+def rollout(environment, policy, theta, rng):
+    """Trajectories of pi_theta, theta [P] or [T, P], in all tasks at once -> Episodes, in theta's dtype.
+
+    A trajectory's last step is the one that the environment calls done, or the horizon's.
+    """
+    observation = environment.reset(rng).astype(theta.dtype)
+    tasks, trajectories = observation.shape[:2]
+    shape = tasks, trajectories, environment.horizon
+    episodes = Episodes(
+        np.zeros(shape + observation.shape[2:], theta.dtype),
+        np.zeros(shape + (environment.actions,), theta.dtype),
+        *np.zeros((2, *shape), theta.dtype),
+    )
+    alive = np.ones((tasks, trajectories), bool)
+    for t in range(environment.horizon):
+        mean, log_std = _halves(policy.forward(theta, observation)[0])
+        action = mean + np.exp(log_std) * rng.standard_normal(mean.shape, theta.dtype)
+        episodes.observations[:, :, t], episodes.actions[:, :, t] = observation, action
+        observation, reward, done = environment.step(action)
+        observation = observation.astype(theta.dtype)
+        episodes.rewards[:, :, t], episodes.mask[:, :, t] = np.where(alive, reward, 0), alive
+        alive &= ~done
+        if not alive.any():
+            break
+    return episodes
+
+
+# Estimators ------------------------------------------------------------------------------------
+
+
+def discounted(x, discount):
+    """y_t = x_t + discount y_{t+1}, 0 beyond the horizon; x [..., H] -> [..., H]."""
+    y = np.zeros_like(x)
+    total = np.zeros(x.shape[:-1], x.dtype)
+    for t in reversed(range(x.shape[-1])):
+        y[..., t] = total = x[..., t] + discount * total
+    return y
+
+
+def features(observations):
+    """[o, o², t/100, (t/100)², (t/100)³, 1], o clipped to ±10: [T, B, H, 2d + 4], float64."""
+    o = np.clip(observations, -10, 10).astype(float)
+    t = np.broadcast_to(np.arange(o.shape[2])[:, None] / 100, o.shape[:3] + (1,))
+    return np.concatenate([o, o * o, t, t**2, t**3, np.ones_like(t)], axis=-1)
+
+
+def baseline(observations, targets, mask, ridge=1e-5):
+    """V(s_t) = features · w, w the ridge regression of targets, one a task: -> [T, B, H], 0 where mask is.
+
+    w = (ΦᵀΦ + ridge I)⁻¹ Φᵀ targets over a task's steps, by one batched solve; where that is not finite the
+    ridge is made ten times larger, up to five times.
+    """
+    phi = features(observations) * mask[..., None]
+    phi = phi.reshape(len(phi), -1, phi.shape[-1])
+    y = (targets * mask).reshape(len(phi), -1, 1)
+    gram, right = phi.mT @ phi, phi.mT @ y
+    for _ in range(6):
+        w = np.linalg.solve(gram + ridge * np.eye(phi.shape[-1]), right)
+        if np.isfinite(w).all():
+            break
+        ridge *= 10
+    return (phi @ w).reshape(targets.shape).astype(targets.dtype)
+
+
+def advantages(rewards, values, mask, discount, lam):
+    """A_t = Σ_k (discount lam)^k δ_{t+k}, δ_t = r_t + discount V_{t+1} - V_t, [T, B, H]; 0 where mask is.
+
+    V is 0 after the last step, at the horizon too. Normalised over a task's steps to mean 0 and (population)
+    standard deviation 1.
+    """
+    following = np.concatenate([values[..., 1:], np.zeros_like(values[..., :1])], axis=-1)
+    a = discounted((rewards + discount * following - values) * mask, discount * lam)
+    steps = mask.sum(axis=(1, 2), keepdims=True)
+    centred = (a - (a * mask).sum(axis=(1, 2), keepdims=True) / steps) * mask
+    return centred / (np.sqrt((centred**2).sum(axis=(1, 2), keepdims=True) / steps) + a.dtype.type(1e-8))
+
+
+def batch_of(episodes, discount, lam):
+    """Episodes as data for `PolicyGradient`: x [T, n, d], y [T, n, 2a] = [a, A / steps], both 0 where mask is."""
+    observations, actions, rewards, mask = episodes
+    values = baseline(observations, discounted(rewards, discount), mask)
+    a = advantages(rewards, values, mask, discount, lam)
+    weight = a / mask.sum(axis=(1, 2), keepdims=True)
+    y = np.concatenate([actions, np.broadcast_to(weight[..., None], actions.shape)], axis=-1)
+    return tuple(array.reshape(len(mask), -1, array.shape[-1]) for array in (observations, y))
+
+
+# The outer step --------------------------------------------------------------------------------
+
+
+def inner_step(loss, alpha, theta, x, y):
+    """theta'_i = theta - alpha ∇L_i(theta), eq. (1): -> theta' [T, P], v ↦ H v."""
+    g, hvp = loss.grad_and_hvp(theta, x, y)
+    return theta - alpha * g, hvp
+
+
+def expand_outer(loss, alpha, order, theta, hvps, x, y, mask):
+    """The outer problem around the old theta, summed over tasks: -> gradient [P], v ↦ Σ_i J_iᵀ F_i J_i v.
+
+    theta [T, P] are the adapted parameters, hvps the inner steps' products in their order, (x, y) the steps of
+    the adapted policies. J u = (I - alpha H_S) ... (I - alpha H_1) u; order=1 takes J = I. The gradient is that
+    of minus the surrogate, F_i's mean is over the steps of a task.
+    """
+    hvps = hvps if order == 2 else []
+    out, backward = loss.network.forward(theta, x)
+    g, tangent = backward(loss.output.expand(out, y)[1])
+    metric = fisher(out) * (mask / mask.sum(axis=(1, 2), keepdims=True)).reshape(*x.shape[:2], 1)
+
+    def transposed(v):
+        for hvp in reversed(hvps):
+            v = v - alpha * hvp(v)
+        return v.sum(axis=0)
+
+    def product(v):
+        v = np.broadcast_to(v, theta.shape)
+        for hvp in hvps:
+            v = v - alpha * hvp(v)
+        return transposed(backward(metric * tangent(v)[0])[0])
+
+    return transposed(g), product
+
+
+def surrogate(policy, loss, alpha, theta, supports, query, mask, old):
+    """-mean of pi_theta' / pi_old A and mean KL(pi_old ‖ pi_theta') over a task's steps: -> [2, T].
+
+    theta [P] is adapted anew on the steps that the old policies took, `supports` one (x, y) an inner step;
+    old are the outputs of the adapted old policies for the query's x.
+    """
+    for support in supports:
+        theta = theta - alpha * maml.gradient(loss, theta, *support)
+    x, y = query
+    action, weight = _halves(y)
+    new = policy.apply(theta, x)
+    ratio = anp.exp(log_likelihood(new, action) - log_likelihood(old, action))
+    share = (mask / mask.sum(axis=(1, 2), keepdims=True)).reshape(x.shape[:2])
+    return anp.stack([-anp.sum(ratio * weight[..., 0], axis=1), anp.sum(share * kl(old, new), axis=1)])
+
+
+def conjugate_gradient(product, b, iterations, tolerance=1e-10):
+    """x with product(x) = b, from 0, until |b - product(x)|² < tolerance: the residual is the recursion's."""
+    x, r, p = np.zeros_like(b), b, b
+    rr = r @ r
+    for _ in range(iterations):
+        z = product(p)
+        step = rr / (p @ z)
+        x, r = x + step * p, r - step * z
+        rr, before = r @ r, rr
+        if rr < tolerance:
+            break
+        p = r + rr / before * p
+    return x
+
+
+def trust_region_step(theta, gradient, product, objective, max_kl, cg_steps, damping, ratio, tries):
+    """theta - ratio^j step, the first j = 0, 1, ... that lowers the loss within max_kl: -> theta, j, kl.
+
+    step = sqrt(2 max_kl / xᵀAx) x with A x = gradient, A = product + damping I; objective(theta) -> loss, kl.
+    Where no j < tries will do, theta stays and j = tries.
+    """
+
+    def damped(v):
+        return product(v) + damping * v
+
+    x = conjugate_gradient(damped, gradient, cg_steps)
+    step = np.sqrt(2 * max_kl / (x @ damped(x) + 1e-8)).astype(x.dtype) * x
+    before = objective(theta)[0]
+    for j in range(tries):
+        trial = theta - x.dtype.type(ratio**j) * step
+        loss, divergence = objective(trial)
+        if loss < before and divergence <= max_kl:
+            return trial, j, divergence
+    return theta, tries, 0.0
+
+
+# The experiments -------------------------------------------------------------------------------
+
+# The authors' settings (their code's, where it differs from the paper). A checkpoint keeps those above the line.
+COMMON = dict(
+    meta_batch=40,
+    trajectories=20,
+    steps=1,
+    order=2,
+    alpha=0.1,
+    iterations=100,
+    max_kl=0.01,
+    hidden=100,
+    horizon=200,
+    frame_skip=1,
+    discount=0.99,
+    lam=1.0,
+    cg_steps=10,
+    damping=1e-5,
+    backtrack=0.8,
+    tries=15,
+    # ---
+    eval_tasks=40,
+    eval_trajectories=20,
+    eval_steps=3,
+    eval_shrink=0.5,
+)
+TASKS = {
+    "navigation": COMMON | dict(meta_batch=20, alpha=0.5, horizon=100, eval_trajectories=40),
+    "cheetah-vel": COMMON | dict(iterations=475),
+    "cheetah-dir": COMMON | dict(max_kl=0.02),
+    "ant-vel": COMMON | dict(iterations=375),
+    "ant-dir": COMMON | dict(trajectories=40, iterations=575, eval_trajectories=40, eval_shrink=0.01),
+}
+EVALUATION = ("eval_tasks", "eval_trajectories", "eval_steps", "eval_shrink")
+# The step sizes with which the authors adapt what was not meta-trained.
+BASELINE_ALPHA = {
+    "pretrained": {
+        "navigation": 0.5,
+        "cheetah-vel": 0.02,
+        "cheetah-dir": 0.2,
+        "ant-vel": 0.2,
+        "ant-dir": 0.2,
+    },
+    "random": {"navigation": 0.5, "cheetah-vel": 0.1, "cheetah-dir": 0.5, "ant-vel": 0.5, "ant-dir": 0.5},
+    "oracle": {},
+}
+
+# The authors' figures, from their result files: (task, method) -> mean return after 0, 1, 2, 3 gradient steps.
+PAPER = {
+    ("navigation", "maml"): ("-40.4", "-11.7", "-3.3", "-3.2"),
+    ("navigation", "pretrained"): ("-40.8", "-19.7", "-11.7", "-8.5"),
+    ("navigation", "random"): ("-82.7", "-58.0", "-53.8", "-46.8"),
+    ("navigation", "oracle"): ("-2.3",),
+    ("cheetah-vel", "maml"): ("-129.5", "-78.6", "-66.6", "-60.8"),
+    ("cheetah-dir", "maml"): ("-50.7", "293.2", "313.5", "315.7"),
+    ("ant-vel", "maml"): ("30.6", "96.7", "100.1", "101.4"),
+    ("ant-dir", "maml"): ("8.7", "499.2", "500.7", "499.1"),
+}
+
+VALIDATE_EVERY, VALIDATION_TASKS, VALIDATION_TRAJECTORIES = 5, 20, 20
+
+
+class State(NamedTuple):
+    """What a meta-iteration changes."""
+
+    theta: np.ndarray
+    iteration: int
+
+
+class Experiment:
+    """A distribution of goals, its environment and policy, and the method that learns it, by name."""
+
+    columns = ("before", "after", "kl", "backtracks", "validation")
+    log_every, save_every, keeps_best, state = 1, 10, True, State
+
+    def __init__(self, settings):
+        self.settings, self.method = settings, settings["method"]
+        self.alpha = settings["alpha"]
+        make, sizes = (Navigation, (2, 2)) if settings["task"] == "navigation" else (None, None)
+        self.make, (inputs, actions) = make, sizes
+        goal = 2 if settings["task"] == "navigation" else 1
+        inputs += goal if self.method == "oracle" else 0
+        self.policy = gaussian_policy(inputs, actions, (settings["hidden"],) * 2)
+        self.loss = nets.Loss(self.policy, PolicyGradient())
+        self.map = ThreadPoolExecutor(os.cpu_count(), initializer=partial(np.seterr, all="ignore")).map
+        self.size = self.policy.size
+
+    def open(self, _):
+        """Finds out early what is missing."""
+        self.environment(self.goals(self.stream("test"), 1), 1)
+
+    def stream(self, purpose):
+        """The seed's generator for one purpose, so that all methods meet the same goals."""
+        return np.random.default_rng([self.settings["seed"], maml.STREAMS.index(purpose)])
+
+    def start(self):
+        return State(self.policy.init(self.stream("init"), self.settings["dtype"]), 0)
+
+    def goals(self, rng, count):
+        """`count` tasks: positions in [-0.5, 0.5]², velocities, or directions -1 and 1 (the authors' ranges)."""
+        task = self.settings["task"]
+        if task == "navigation":
+            return rng.uniform(-0.5, 0.5, (count, 2))
+        top = 2.0 if task.startswith("cheetah") else 3.0
+        draws = rng.uniform(0, top, count)
+        return draws if task.endswith("vel") else np.where(draws < top / 2, -1.0, 1.0)
+
+    def environment(self, goals, trajectories):
+        environment = self.make(goals, trajectories, oracle=self.method == "oracle")
+        environment.horizon = self.settings["horizon"]
+        return environment
+
+    def sample(self, environment, theta, rng):
+        """A rollout of theta, [P] or a list of [1, P]: -> Episodes, its batch task by task."""
+        episodes = rollout(environment, self.policy, np.concatenate(theta), rng)
+        x, y = batch_of(episodes, self.settings["discount"], self.settings["lam"])
+        return episodes, [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
+
+    def adapt(self, theta, batches, alpha):
+        """The inner step of each task: -> theta' and the Hessian-vector products, lists over tasks."""
+        step = partial(inner_step, self.loss, alpha)
+        return zip(*self.map(step, theta, *zip(*batches)))
+
+    def meta_iteration(self, theta, rng):
+        """One outer update: -> theta, (return before, return after adaptation, KL, backtracks)."""
+        s, alpha = self.settings, self.alpha
+        environment = self.environment(self.goals(rng, s["meta_batch"]), s["trajectories"])
+        adapted, supports, products = [theta[None]] * s["meta_batch"], [], []
+        episodes, batches = self.sample(environment, adapted, rng)
+        before = episodes.returns().mean()
+        for _ in range(s["steps"]):
+            adapted, hvps = self.adapt(adapted, batches, alpha)
+            supports, products = [*supports, batches], [*products, hvps]
+            episodes, batches = self.sample(environment, adapted, rng)
+        after = episodes.returns().mean()
+        masks = np.split(episodes.mask, len(batches))
+        olds = list(self.map(self.policy.apply, adapted, next(zip(*batches))))
+        supports, products = ([*zip(*rows)] or [()] * len(batches) for rows in (supports, products))
+
+        expand = partial(expand_outer, self.loss, alpha, s["order"])
+        outer = list(self.map(expand, adapted, products, *zip(*batches), masks))
+        gradient = sum(g for g, _ in outer) / len(outer)
+
+        def product(v):
+            return sum(self.map(lambda pair: pair[1](v), outer)) / len(outer)
+
+        def objective(trial):
+            one = partial(surrogate, self.policy, self.loss, alpha, trial)
+            return np.concatenate([*self.map(one, supports, batches, masks, olds)], axis=1).mean(axis=1)
+
+        if not (np.isfinite([before, after]).all() and np.isfinite(gradient).all()):
+            raise FloatingPointError(f"the return after adaptation is {after}, the meta-gradient not finite")
+        names = "max_kl", "cg_steps", "damping", "backtrack", "tries"
+        theta, tries, divergence = trust_region_step(
+            theta, gradient, product, objective, *(s[name] for name in names)
+        )
+        if not np.isfinite(theta).all():
+            raise FloatingPointError("the policy is not finite")
+        return theta, (before, after, divergence, tries)
+
+    def train(self, state, rng, iterations):
+        """Meta-iterations, up to `iterations` in all: yields (State, what `meta_iteration` reports)."""
+        theta, iteration = state
+        while iteration < iterations:
+            try:
+                theta, outcome = self.meta_iteration(theta, rng)
+            except (FloatingPointError, np.linalg.LinAlgError) as error:
+                raise FloatingPointError(f"{error} (iteration {iteration + 1})") from None
+            iteration += 1
+            yield State(theta, iteration), outcome
+
+    def measure(self, state, outcome):
+        """-> a row of the log, the line of progress, and the validation score or None."""
+        before, after, divergence, tries = outcome
+        due = state.iteration % VALIDATE_EVERY == 0 or state.iteration == self.settings["iterations"]
+        score = self.score(state.theta) if due else None
+        text = f"return {before:.1f} before, {after:.1f} after adaptation, KL {divergence:.4f}, "
+        text += f"{tries} backtracks" if tries < self.settings["tries"] else "no step accepted: theta kept"
+        return (*outcome, "" if score is None else score), text, score
+
+    def score(self, theta):
+        """What selects the best checkpoint: the return on validation goals after the steps of the table."""
+        table = TASKS[self.settings["task"]]
+        steps, shrink = table["eval_steps"], table["eval_shrink"]
+        curve = self.curve(theta, "validation", VALIDATION_TASKS, VALIDATION_TRAJECTORIES, steps, shrink)
+        return curve[1 if self.method == "maml" else 0 :].mean()
+
+    def curve(self, theta, purpose, count, trajectories, steps, shrink):
+        """The return [steps + 1, count] of unseen tasks after 0 ... steps gradient steps, new samples for each.
+
+        The first step has size alpha, the others alpha · shrink. The oracle is not adapted.
+        """
+        rng = self.stream(purpose)
+        environment = self.environment(self.goals(rng, count), trajectories)
+        adapted, rows = [theta[None]] * count, []
+        for step in range(steps + 1):
+            episodes, batches = self.sample(environment, adapted, rng)
+            rows.append(episodes.returns().astype(float))
+            if self.method == "oracle":
+                break
+            adapted, _ = self.adapt(adapted, batches, self.alpha * (shrink if step else 1))
+        return np.stack(rows)
+
+
+# The command line ------------------------------------------------------------------------------
+
+FLAGS = (
+    ("--meta-batch", maml.count, "tasks a meta-iteration"),
+    ("--trajectories", maml.count, "trajectories K a task and gradient step"),
+    ("--steps", maml.count, "inner gradient steps in training"),
+    ("--order", int, "1 drops the second derivatives"),
+    ("--alpha", maml.rate, "inner step size"),
+    ("--iterations", maml.count, "meta-iterations in all"),
+    ("--max-kl", maml.rate, "largest mean KL of an outer step, nats"),
+    ("--hidden", maml.count, "units of each of the two hidden layers"),
+    ("--horizon", maml.count, "steps of a trajectory"),
+    ("--frame-skip", maml.count, "physics steps an action lasts (locomotion)"),
+    ("--discount", maml.rate, "of rewards, per step"),
+    ("--lam", maml.rate, "lambda of the generalised advantage estimate"),
+    ("--cg-steps", maml.count, "iterations of the conjugate gradient"),
+    ("--damping", maml.rate, "added to the diagonal of the Fisher product"),
+    ("--backtrack", maml.rate, "factor of the line search"),
+    ("--tries", maml.count, "step sizes that the line search tries"),
+    ("--eval-tasks", maml.count, "unseen tasks for the table"),
+    ("--eval-trajectories", maml.count, "trajectories a task and gradient step in the table"),
+    ("--eval-steps", maml.count, "gradient steps up to which the table goes"),
+    ("--eval-shrink", maml.rate, "factor of alpha after the first step in the table"),
+)
+
+
+def build_parser():
+    """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
+    parser = maml.Parser(
+        prog="rl.py",
+        allow_abbrev=False,
+        description="MAML for reinforcement learning: meta-trains with TRPO, then evaluates on unseen tasks.",
+    )
+    parser.add_argument("--task", choices=TASKS, help="the task distribution p(T)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--method", choices=("maml",), help="what is learned, and how (default: maml)")
+    which.add_argument(
+        "--baseline", choices=maml.BASELINES, help="in place of a method: what the paper compares with"
+    )
+    for flag, kind, text in FLAGS:
+        key = flag[2:].replace("-", "_")
+        groups = {}
+        for task, table in TASKS.items():
+            groups.setdefault(table[key], []).append(task)
+        usual = max(groups, key=lambda value: len(groups[value]))
+        others = "".join(f"; {', '.join(names)} {v}" for v, names in groups.items() if v != usual)
+        choices = (1, 2) if flag == "--order" else None
+        metavar = None if choices else "N" if kind is maml.count else "X"
+        parser.add_argument(
+            flag, type=kind, choices=choices, metavar=metavar, help=f"{text} (default: {usual}{others})"
+        )
+    maml.add_common_flags(parser, Experiment)
+    return parser
+
+
+def settings_of(args):
+    """What a checkpoint keeps, from the flags and the task's defaults."""
+    if args.task is None:
+        raise maml.Unusable(f"--task is missing; name one of {', '.join(TASKS)}")
+    settings = {"task": args.task, "method": args.method or args.baseline or "maml"}
+    table = {key: value for key, value in TASKS[args.task].items() if key not in EVALUATION}
+    if settings["method"] != "maml":
+        if args.steps:
+            raise maml.Unusable(
+                f"--steps is for --method maml; --baseline {args.baseline} trains with no inner step"
+            )
+        table |= {"steps": 0, "alpha": BASELINE_ALPHA[settings["method"]].get(args.task, table["alpha"])}
+    if not 0 < (args.backtrack or 0.5) < 1:
+        raise maml.Unusable(
+            f"--backtrack {args.backtrack} never shortens a step; give a number between 0 and 1"
+        )
+    for key, default in table.items():
+        given = getattr(args, key)
+        settings[key] = default if given is None else given
+    if max(settings["discount"], settings["lam"]) > 1:
+        raise maml.Unusable(f"--discount {settings['discount']} --lam {settings['lam']}: expected at most 1")
+    return settings | {"seed": args.seed or 0, "dtype": args.dtype or "float32"}
+
+
+def report(models, args):
+    """The table of each model, on stdout and in --results; --plot."""
+    rows, curves = [], []
+    for experiment, learned in models:
+        s = experiment.settings
+        asked = [TASKS[s["task"]][key] if (v := getattr(args, key)) is None else v for key in EVALUATION]
+        curve = experiment.curve(learned, "test", *asked)
+        mean, stderr = curve.mean(axis=1), curve.std(axis=1) / len(curve[0]) ** 0.5
+        curves.append((s["method"], mean, stderr))
+        print(f"\n{s['task']}, {s['method']}, seed {s['seed']}, {s['iterations']} meta-iterations")
+        print(
+            f"{asked[0]} unseen tasks, {asked[1]} trajectories each: mean return ± standard error, median\n"
+        )
+        print(f"steps  {'return':<28}authors")
+        for step, values in enumerate(curve):
+            paper = PAPER.get((s["task"], s["method"]), ())
+            cell = f"{mean[step]:.1f} ± {stderr[step]:.1f}  {np.median(values):.1f}"
+            print(f"{step:>5}  {cell:<28}{paper[step] if step < len(paper) else ''}".rstrip())
+            rows.append(
+                {
+                    "task": s["task"],
+                    "method": s["method"],
+                    "shots": asked[1],
+                    "step": step,
+                    "metric": "return",
+                }
+                | {"mean": mean[step], "stderr": stderr[step], "median": np.median(values)}
+                | {"diverged": int((~np.isfinite(values)).sum()), "tasks": len(values)}
+            )
+    if args.results:
+        maml.write_rows(args.results, rows)
+    if args.plot:
+        plot(models, curves, args.plot)
+
+
+def plot(models, curves, path):
+    """Paths before and after adaptation on three goals, a row a model (navigation); return against steps."""
+    from matplotlib.figure import Figure
+
+    drawn = models if models[0][0].settings["task"] == "navigation" else []
+    canvas = Figure(figsize=(12 if drawn else 6, 3.1 * max(len(drawn), 1) + 0.6), layout="constrained")
+    grid = canvas.add_gridspec(
+        max(len(drawn), 1), 4 if drawn else 1, width_ratios=[1, 1, 1, 1.3][-4 if drawn else -1 :]
+    )
+    for row, (experiment, learned) in enumerate(drawn):
+        rng, s = experiment.stream("test"), experiment.settings
+        goals = experiment.goals(rng, 3)
+        environment = experiment.environment(goals, s["trajectories"])
+        adapted, kept = [learned[None]] * 3, []
+        for _ in range(2):
+            episodes, batches = experiment.sample(environment, adapted, rng)
+            kept.append(episodes)
+            adapted, _ = experiment.adapt(adapted, batches, experiment.alpha)
+        for column, goal in enumerate(goals):
+            axes = canvas.add_subplot(grid[row, column])
+            for episodes, color, name in zip(kept, ("#95a5a6", "#1a5276"), ("before", "after 1 step")):
+                for i in range(3):
+                    steps = int(episodes.mask[column, i].sum())
+                    path_ = episodes.observations[column, i, :steps, :2]
+                    axes.plot(*path_.T, color=color, lw=1, alpha=0.8, label=name if i == 0 else None)
+            axes.plot(*goal, "*", color="#c0392b", ms=11, label="goal")
+            axes.plot(0, 0, "ko", ms=4, label="start")
+            axes.set(xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), aspect="equal")
+            axes.set_title(s["method"] if column == 0 else "", loc="left", fontsize=10)
+            lines = axes.get_legend_handles_labels()
+    if drawn:
+        canvas.legend(*lines, fontsize=8, ncols=4, loc="outside lower left", frameon=False)
+    axes = canvas.add_subplot(grid[:, -1])
+    for name, mean, stderr in curves:
+        (line,) = axes.plot(mean, "o-", ms=4, lw=1.2, label=name)
+        axes.fill_between(
+            range(len(mean)), mean - stderr, mean + stderr, color=line.get_color(), alpha=0.15, lw=0
+        )
+    axes.set(xlabel="gradient steps", ylabel="mean return", xticks=range(max(len(m) for _, m, _ in curves)))
+    axes.set_title("return on unseen tasks, mean and standard error", loc="left", fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
+    maml.write_figure(path, canvas)
+
+
+COMMAND = maml.Command("rl.py", build_parser, settings_of, Experiment, report, "--alpha or --max-kl")
+
+if __name__ == "__main__":
+    sys.exit(maml.main(command=COMMAND))
