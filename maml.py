@@ -666,7 +666,7 @@ def count(text):
     return number
 
 
-def seed(text):
+def whole(text):
     """A flag's value as a whole number, 0 or more."""
     number = int(text)
     if number < 0:
@@ -689,9 +689,9 @@ def task_name(text):
     return text
 
 
-count.__name__, seed.__name__, rate.__name__ = (
+count.__name__, whole.__name__, rate.__name__ = (
     "count (1 or more)",
-    "seed (0 or more)",
+    "whole number (0 or more)",
     "rate (finite, 0 or more)",
 )
 
@@ -755,7 +755,7 @@ def build_parser():
 
 def add_common_flags(parser, experiment):
     """The flags that have nothing to do with the task."""
-    parser.add_argument("--seed", type=seed, metavar="N", help="of every random draw (default: 0)")
+    parser.add_argument("--seed", type=whole, metavar="N", help="of every random draw (default: 0)")
     parser.add_argument(
         "--dtype", choices=("float32", "float64"), help="of all arithmetic (default: float32)"
     )

@@ -34,8 +34,8 @@ class Navigation:
     """A point in the plane moves by clip(0.1 action, ±0.1) a step towards a goal it does not see.
 
     goals [T, 2]. reset(rng) -> observations [T, B, 2], all at the origin; step(actions [T, B, 2]) ->
-    observations, rewards [T, B], done [T, B]. The reward is minus the distance after the move; a trajectory is
-    done where both coordinates are within 0.01 of the goal's. The oracle's observation has the goal behind it.
+    observations, rewards [T, B], done [T, B]. The reward is minus the distance after the move; done is where
+    both coordinates are within 0.01 of the goal's. The oracle's observation has the goal behind it.
     """
 
     horizon, actions = 100, 2
@@ -63,7 +63,7 @@ LOWEST = float(np.log(1e-6))
 
 
 class LogStd:
-    """out = [x, log_std], log_std the same for every x and no lower than log 1e-6: the last layer of a policy."""
+    """out = [x, log_std], the same log_std for every x and none below log 1e-6: a policy's last layer."""
 
     def __init__(self, actions):
         self.shapes, self.view = {"log_std": (actions,)}, (actions,)
@@ -257,7 +257,7 @@ def advantages(rewards, values, mask, discount, lam):
 
 
 def batch_of(episodes, discount, lam):
-    """Episodes as data for `PolicyGradient`: x [T, n, d], y [T, n, 2a] = [a, A / steps], both 0 where mask is."""
+    """Episodes as data for `PolicyGradient`: x [T, n, d], y [T, n, 2a] = [a, A / steps], 0 where mask is."""
     observations, actions, rewards, mask = episodes
     values = baseline(observations, discounted(rewards, discount), mask)
     a = advantages(rewards, values, mask, discount, lam)
@@ -278,9 +278,9 @@ def inner_step(loss, alpha, theta, x, y):
 def expand_outer(loss, alpha, order, theta, hvps, x, y, mask):
     """The outer problem around the old theta, summed over tasks: -> gradient [P], v ↦ Σ_i J_iᵀ F_i J_i v.
 
-    theta [T, P] are the adapted parameters, hvps the inner steps' products in their order, (x, y) the steps of
-    the adapted policies. J u = (I - alpha H_S) ... (I - alpha H_1) u; order=1 takes J = I. The gradient is that
-    of minus the surrogate, F_i's mean is over the steps of a task.
+    theta [T, P] are the adapted parameters, hvps the inner steps' products in their order, (x, y) the steps
+    of the adapted policies. J u = (I - alpha H_S) ... (I - alpha H_1) u; order=1 takes J = I. The gradient is
+    that of minus the surrogate; F_i is a mean over the steps of a task.
     """
     hvps = hvps if order == 2 else []
     out, backward = loss.network.forward(theta, x)
@@ -343,6 +343,8 @@ def trust_region_step(theta, gradient, product, objective, max_kl, cg_steps, dam
         return product(v) + damping * v
 
     x = conjugate_gradient(damped, gradient, cg_steps)
+    if not np.isfinite(x).all():
+        raise FloatingPointError("the natural gradient is not finite")
     step = np.sqrt(2 * max_kl / (x @ damped(x) + 1e-8)).astype(x.dtype) * x
     before = objective(theta)[0]
     for j in range(tries):
@@ -355,7 +357,7 @@ def trust_region_step(theta, gradient, product, objective, max_kl, cg_steps, dam
 
 # The experiments -------------------------------------------------------------------------------
 
-# The authors' settings (their code's, where it differs from the paper). A checkpoint keeps those above the line.
+# The settings of the authors' results (not all are the paper's). A checkpoint keeps those above the line.
 COMMON = dict(
     meta_batch=40,
     trajectories=20,
@@ -400,7 +402,7 @@ BASELINE_ALPHA = {
     "oracle": {},
 }
 
-# The authors' figures, from their result files: (task, method) -> mean return after 0, 1, 2, 3 gradient steps.
+# The authors' figures, from their result files: (task, method) -> mean return after 0, 1, 2, 3 steps.
 PAPER = {
     ("navigation", "maml"): ("-40.4", "-11.7", "-3.3", "-3.2"),
     ("navigation", "pretrained"): ("-40.8", "-19.7", "-11.7", "-8.5"),
@@ -452,7 +454,7 @@ class Experiment:
         return State(self.policy.init(self.stream("init"), self.settings["dtype"]), 0)
 
     def goals(self, rng, count):
-        """`count` tasks: positions in [-0.5, 0.5]², velocities, or directions -1 and 1 (the authors' ranges)."""
+        """`count` tasks: positions in [-0.5, 0.5]², velocities, or directions -1 and 1."""
         task = self.settings["task"]
         if task == "navigation":
             return rng.uniform(-0.5, 0.5, (count, 2))
@@ -504,13 +506,13 @@ class Experiment:
             return np.concatenate([*self.map(one, supports, batches, masks, olds)], axis=1).mean(axis=1)
 
         if not (np.isfinite([before, after]).all() and np.isfinite(gradient).all()):
-            raise FloatingPointError(f"the return after adaptation is {after}, the meta-gradient not finite")
+            raise FloatingPointError(
+                f"returns of {before} and {after}, or a meta-gradient that is not finite"
+            )
         names = "max_kl", "cg_steps", "damping", "backtrack", "tries"
         theta, tries, divergence = trust_region_step(
             theta, gradient, product, objective, *(s[name] for name in names)
         )
-        if not np.isfinite(theta).all():
-            raise FloatingPointError("the policy is not finite")
         return theta, (before, after, divergence, tries)
 
     def train(self, state, rng, iterations):
@@ -541,7 +543,7 @@ class Experiment:
         return curve[1 if self.method == "maml" else 0 :].mean()
 
     def curve(self, theta, purpose, count, trajectories, steps, shrink):
-        """The return [steps + 1, count] of unseen tasks after 0 ... steps gradient steps, new samples for each.
+        """The return [steps + 1, count] of unseen tasks after 0 ... steps gradient steps, on new samples.
 
         The first step has size alpha, the others alpha · shrink. The oracle is not adapted.
         """
@@ -562,7 +564,7 @@ class Experiment:
 FLAGS = (
     ("--meta-batch", maml.count, "tasks a meta-iteration"),
     ("--trajectories", maml.count, "trajectories K a task and gradient step"),
-    ("--steps", maml.count, "inner gradient steps in training"),
+    ("--steps", maml.whole, "inner gradient steps in training"),
     ("--order", int, "1 drops the second derivatives"),
     ("--alpha", maml.rate, "inner step size"),
     ("--iterations", maml.count, "meta-iterations in all"),

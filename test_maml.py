@@ -42,6 +42,7 @@ from hypothesis import strategies as st
 
 import maml
 import nets
+import rl
 import tasks
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -1539,6 +1540,297 @@ def test_bad_use_of_images_is_one_line(folder, glyphs, monkeypatch, capsys, word
     lines = [line for line in err.splitlines() if "characters, where all of Omniglot" not in line]
     assert out == "" and len(lines) == 1 and re.search(message, lines[0])
     assert contents(folder) == before
+
+
+# Reinforcement learning -------------------------------------------------------------------------
+
+
+class Policies:
+    """A random policy, its theta (one log_std at the floor), and steps of old policies on made-up data."""
+
+    def __init__(self, seed, inputs=2, actions=2, width=4, tasks_=2, trajectories=2, horizon=3, steps=1):
+        self.policy = rl.gaussian_policy(inputs, actions, (width, width))
+        self.loss = nets.Loss(self.policy, rl.PolicyGradient())
+        for attempt in range(1000):
+            rng = self.rng = np.random.default_rng([seed, attempt])
+            self.theta = rng.normal(size=self.policy.size) / 3
+            shape = tasks_, trajectories, horizon
+            self.batches, self.masks = [], []
+            for _ in range(steps + 1):
+                mask = (np.arange(horizon) < rng.integers(1, horizon + 1, shape[:2])[..., None]).astype(float)
+                episodes = rl.Episodes(
+                    rng.normal(size=(*shape, inputs)) * mask[..., None],
+                    rng.normal(size=(*shape, actions)) * mask[..., None],
+                    rng.normal(size=shape) * mask,
+                    mask,
+                )
+                self.batches.append(rl.batch_of(episodes, 0.9, 0.8))
+                self.masks.append(mask)
+            self.adapted, self.hvps = self.theta, []
+            near = []
+            for x, y in self.batches[:-1]:
+                near.append(distance_to_kink(self.policy, self.adapted, x))
+                self.adapted, hvp = rl.inner_step(self.loss, 0.1, self.adapted, x, y)
+                self.hvps.append(hvp)
+            self.adapted = self.adapted + np.zeros((tasks_, 1))
+            near.append(distance_to_kink(self.policy, self.adapted, self.batches[-1][0]))
+            if min(near) > 2e-3:
+                return
+        raise AssertionError("no policy away from the kinks was found")
+
+    def direction(self, shape):
+        v = self.rng.normal(size=shape)
+        return v / np.linalg.norm(v)
+
+    def objective(self, theta):
+        """[-surrogate, KL], means over tasks, by definition: autograd differentiates all of it."""
+        old = self.policy.apply(self.adapted, self.batches[-1][0])
+        one = rl.surrogate(
+            self.policy,
+            hidden(self.loss),
+            0.1,
+            theta,
+            self.batches[:-1],
+            self.batches[-1],
+            self.masks[-1],
+            old,
+        )
+        return anp.mean(one, axis=1)
+
+    def outer(self, order=2):
+        g, product = rl.expand_outer(
+            self.loss, 0.1, order, self.adapted, self.hvps, *self.batches[-1], self.masks[-1]
+        )
+        return g / len(self.adapted), lambda v: product(v) / len(self.adapted)
+
+
+policies = st.builds(
+    Policies, st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 2), steps=st.integers(0, 2)
+)
+
+
+@given(policies)
+def test_policy_loss_equals_autograd_and_finite_differences(p):
+    (x, y), plain = p.batches[-1], hidden(p.loss)
+    v = p.direction(p.adapted.shape)
+    g, hvp = p.loss.grad_and_hvp(p.adapted, x, y)
+    expected, by_autograd = maml.expand(plain, p.adapted, x, y)[1:]
+    assert error(g, expected) < 1e-10 and error(hvp(v), by_autograd(v)) < 1e-10
+    assert error((g * v).sum(axis=1), difference(lambda theta: p.loss(theta, x, y), p.adapted, v)) < 1e-7
+    assert error(hvp(v), difference(lambda theta: p.loss.grad(theta, x, y), p.adapted, v)) < 1e-7
+
+
+def test_log_std_has_a_floor_below_which_nothing_moves_it():
+    p = Policies(0)
+    theta = np.array(p.theta)
+    p.policy.unflatten(theta)["log_std"][0] = -20
+    x, y = p.batches[0]
+    assert np.allclose(p.policy.apply(theta, x)[..., 2], np.log(1e-6))
+    g = p.policy.unflatten(p.loss.grad(theta, x, y))["log_std"]
+    assert not g[:, 0].any() and g[:, 1].all()
+    assert error(p.policy.forward(theta, x)[0], p.policy.apply(theta, x)) == 0
+
+
+@settings(max_examples=10)
+@given(policies)
+def test_meta_gradient_of_the_surrogate_equals_autograd_and_finite_differences(p):
+    g, _ = p.outer()
+    v = p.direction(p.theta.shape)
+    assert error(g, grad(lambda theta: p.objective(theta)[0])(p.theta)) < 1e-9
+    assert error(g @ v, difference(lambda theta: p.objective(theta)[0], p.theta, v)) < 1e-7
+
+
+@settings(max_examples=8)
+@given(policies)
+def test_fisher_product_is_the_hessian_of_the_kl_through_adaptation(p):
+    _, product = p.outer()
+    v = p.direction(p.theta.shape)
+    value, slope = p.objective(p.theta)[1], grad(lambda theta: p.objective(theta)[1])
+    assert abs(value) < 1e-15 and np.abs(slope(p.theta)).max() < 1e-13
+    assert error(product(v), grad(lambda theta: anp.dot(slope(theta), v))(p.theta)) < 1e-9
+    assert error(product(v), difference(slope, p.theta, v)) < 1e-7
+
+
+def test_first_and_second_order_differ_clearly():
+    p = Policies(1)
+    (second, product), (first, plain) = p.outer(), p.outer(order=1)
+    v = p.direction(p.theta.shape)
+    assert 0.02 < error(first, second) and 0.02 < error(plain(v), product(v))
+
+
+def test_kl_of_gaussians_has_its_direction():
+    """KL(N(0, 1) ‖ N(1, 4)) = log 2 + (1 + 1) / 8 - 1/2, and the other way round log 1/2 + 5/2 - 1/2."""
+    old, new = np.array([[[0.0, 0.0]]]), np.array([[[1.0, np.log(2)]]])
+    assert np.allclose(rl.kl(old, new), np.log(2) - 0.25) and np.allclose(rl.kl(new, old), 2 - np.log(2))
+    density = np.exp(rl.log_likelihood(new, np.array([[[3.0]]])))
+    assert np.allclose(density, np.exp(-0.5) / np.sqrt(8 * np.pi))
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
+def test_returns_and_advantages_equal_plain_loops_with_early_ends(seed, discount, lam):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 6, (2, 3))
+    mask = (np.arange(5) < lengths[..., None]).astype(float)
+    rewards, values = rng.normal(size=(2, *mask.shape)) * mask
+    a = rl.advantages(rewards, values, mask, discount, lam)
+    totals = rl.discounted(rewards, discount)
+    for i in range(2):
+        plain, found = [], []
+        for j, length in enumerate(lengths[i]):
+            for t in range(length):
+                assert np.isclose(
+                    totals[i, j, t], sum(discount**k * rewards[i, j, t + k] for k in range(5 - t))
+                )
+                following = [*values[i, j, 1:length], 0]
+                deltas = rewards[i, j, :length] + discount * np.array(following) - values[i, j, :length]
+                plain.append(sum((discount * lam) ** k * d for k, d in enumerate(deltas[t:])))
+                found.append(a[i, j, t])
+        assert np.allclose(found, (plain - np.mean(plain)) / (np.std(plain) + 1e-8), rtol=1e-6)
+    assert not a[mask == 0].any()
+
+
+@given(st.integers(0, 10**6))
+def test_baseline_equals_one_least_squares_a_task(seed):
+    rng = np.random.default_rng(seed)
+    mask = (np.arange(6) < rng.integers(1, 7, (3, 5))[..., None]).astype(float)
+    observations, targets = rng.normal(size=(3, 5, 6, 2)), rng.normal(size=(3, 5, 6))
+    found = rl.baseline(observations, targets, mask)
+    for i in range(3):
+        phi = rl.features(observations[i : i + 1])[0][mask[i] == 1]
+        ridge = np.sqrt(1e-5) * np.eye(phi.shape[-1])
+        rows, right = np.vstack([phi, ridge]), [*targets[i][mask[i] == 1], *np.zeros(len(ridge))]
+        w = np.linalg.lstsq(rows, right, rcond=None)[0]
+        assert error(found[i][mask[i] == 1], phi @ w) < 1e-6
+    assert not found[mask == 0].any()
+
+
+def test_navigation_steps_by_hand():
+    environment = rl.Navigation([[0.1, 0.05], [0.5, -0.5]], 1)
+    assert not environment.reset(np.random.default_rng(0)).any()
+    observation, reward, done = environment.step(np.array([[[5.0, 0.0]], [[-0.5, -0.5]]]))
+    assert np.allclose(observation[:, 0], [[0.1, 0], [-0.05, -0.05]])
+    assert np.allclose(reward[:, 0], [-0.05, -np.hypot(0.55, 0.45)]) and not done.any()
+    observation, reward, done = environment.step(np.array([[[0.0, 0.45]], [[0.0, 0.0]]]))
+    assert np.allclose(reward[0], -0.005) and done[:, 0].tolist() == [True, False]
+    oracle = rl.Navigation([[0.1, 0.05]], 1, oracle=True).reset(None)
+    assert oracle.tolist() == [[[0, 0, 0.1, 0.05]]]
+
+
+def test_rollout_masks_what_follows_the_end():
+    policy = rl.gaussian_policy(2, 2, (3,))
+    theta = np.zeros(policy.size)
+    policy.unflatten(theta)["log_std"][:] = -30
+    policy.unflatten(theta)["b2"][:] = [1, 0.5]
+    episodes = rl.rollout(
+        rl.Navigation([[0.2, 0.1], [0.4, -0.4]], 3), policy, theta, np.random.default_rng(0)
+    )
+    assert episodes.mask[0].sum(axis=1).tolist() == [2, 2, 2] and episodes.mask[1].all()
+    assert np.allclose(episodes.rewards[0, 0, :2], [-np.hypot(0.1, 0.05), 0], atol=1e-5)
+    assert not episodes.rewards[0, :, 2:].any() and episodes.rewards.shape == (2, 3, 100)
+    assert np.allclose(episodes.returns()[0], -np.hypot(0.1, 0.05), atol=1e-5)
+
+
+def test_conjugate_gradient_solves_and_the_line_search_keeps_theta_where_nothing_helps():
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(6, 6))
+    matrix, b = root @ root.T + np.eye(6), rng.normal(size=6)
+    assert error(rl.conjugate_gradient(lambda v: matrix @ v, b, 6, 0), np.linalg.solve(matrix, b)) < 1e-9
+    constants = 0.02, 6, 0.0, 0.5, 4
+    theta, j, kl = rl.trust_region_step(
+        np.zeros(6), b, lambda v: matrix @ v, lambda x: (b @ x, x @ matrix @ x / 2), *constants
+    )
+    assert j in (0, 1) and b @ theta < 0 and error(kl, 0.02 / 4**j) < 1e-6
+    theta, j, kl = rl.trust_region_step(np.ones(6), b, lambda v: matrix @ v, lambda x: (0.0, 0.0), *constants)
+    assert (theta == 1).all() and (j, kl) == (4, 0)
+
+
+WALK = "--task navigation --horizon 20 --meta-batch 6 --trajectories 10 --hidden 16 --eval-tasks 6".split()
+WALK += "--eval-trajectories 5".split()
+
+
+def rl_command(*words):
+    return maml.main([str(word) for word in words], rl.COMMAND)
+
+
+def test_short_navigation_training_learns_to_adapt(folder, capsys):
+    """After 30 meta-iterations a step wins 1.5 in 20 steps, and leaves 1.0 more than one from the untrained."""
+    words = [*WALK, "--alpha", 1, "--max-kl", 0.05, "--eval-tasks", 40, "--results", "r.csv"]
+    returns = []
+    for more in (["--baseline", "random"], ["--iterations", 30, "--save", "a.npz", "--log", "a.csv"]):
+        assert rl_command(*words, *more) == 0
+        with open("r.csv") as file:
+            rows = list(csv.DictReader(file))
+        returns.append([float(row["mean"]) for row in rows])
+    assert returns[1][1] > returns[1][0] + 1.5 and returns[1][1] > returns[0][1] + 1
+    assert list(rows[0]) == "task method shots step metric mean stderr median diverged tasks".split()
+    assert len(pathlib.Path("a.csv").read_text().splitlines()) == 31
+    out = capsys.readouterr().out
+    assert "navigation, maml" in out and "-11.7" in out
+    assert rl_command("--evaluate", "a.npz", "--eval-tasks", 4, "--eval-trajectories", 2) == 0
+
+
+@pytest.mark.parametrize("extra", [["--steps", 2], ["--order", 1], ["--baseline", "oracle"]])
+def test_rl_resumes_to_the_bits_of_an_unbroken_run(folder, extra):
+    base = [*WALK, "--eval-steps", 1, *extra, "--save"]
+    assert rl_command(*base, "whole.npz", "--iterations", 6, "--log", "whole.csv") == 0
+    assert rl_command(*base, "part.npz", "--iterations", 5) == 0
+    assert rl_command("--resume", "part.npz", "--iterations", 6, "--eval-tasks", 2) == 0
+    whole, resumed = arrays("whole.npz"), arrays("part.npz")
+    assert all(np.array_equal(whole[key], resumed[key]) for key in ("theta", "iteration", "rng"))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("", "--task is missing"),
+        ("--task sinusoid", "invalid choice: 'sinusoid'"),
+        ("--task navigation --order 3", "--order"),
+        ("--task navigation --alpha -1", "--alpha"),
+        ("--task navigation --trajectories 0", "--trajectories"),
+        ("--task navigation --discount 2", "expected at most 1"),
+        ("--task navigation --backtrack 1", "--backtrack 1.0 never shortens"),
+        ("--task navigation --baseline oracle --steps 1", "--steps is for --method maml"),
+        ("--task navigation --method maml --baseline random", "not allowed with"),
+        ("--task navigation --save nowhere/a.npz", "nowhere/a.npz"),
+        ("--evaluate a.npz --steps 3", "trained with steps 1, not 3"),
+        ("--evaluate sinusoid.npz", "not a whole checkpoint"),
+        ("--evaluate missing.npz", "no such file"),
+    ],
+)
+def test_bad_use_of_rl_is_one_line(folder, monkeypatch, capsys, words, message):
+    if "a.npz" in words:
+        rl_command(*WALK, "--iterations", 1, "--eval-steps", 1, "--save", "a.npz")
+    if "sinusoid.npz" in words:
+        command(*QUICK, "--iterations", 1, "--save", "sinusoid.npz")
+    monkeypatch.setattr(rl.Experiment, "meta_iteration", lambda *_: pytest.fail("training began"))
+    capsys.readouterr()
+    before = contents(folder)
+    assert rl_command(*shlex.split(words)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and re.search(message, err) and err.startswith("rl.py: ")
+    assert contents(folder) == before
+
+
+def test_maml_py_names_the_command_of_an_rl_task(capsys):
+    assert command("--task", "navigation") == 2
+    assert "python rl.py --task navigation" in capsys.readouterr().err
+
+
+def test_a_policy_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder, monkeypatch, capsys):
+    monkeypatch.setattr(rl.Experiment, "save_every", 1)
+    assert rl_command(*WALK, "--iterations", 2, "--save", "a.npz") == 0
+    monkeypatch.setattr(rl, "kl", lambda old, new: np.full(old.shape[:2], 0.0))
+    monkeypatch.setattr(rl, "fisher", lambda out: np.full_like(out, np.nan))
+    assert rl_command("--resume", "a.npz", "--iterations", 4) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"not finite.*iteration 3.*--max-kl; a.npz holds", message)
+    assert int(arrays("a.npz")["iteration"]) == 2
+
+
+def test_rl_plot_draws_a_picture(folder):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    assert rl_command(*WALK, "--iterations", 1, "--eval-steps", 1, "--plot", "a.png") == 0
+    assert pathlib.Path("a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 # The README ------------------------------------------------------------------------------------
