@@ -294,7 +294,11 @@ def summarize(values, threshold):
 
 RL_TASKS = ("navigation", "cheetah-vel", "cheetah-dir", "ant-vel", "ant-dir")
 METHODS = ("maml", "fomaml", "anil", "meta-sgd", "reptile")
-BASELINES = ("random", "pretrained", "oracle")
+BASELINES = ("random", "pretrained", "oracle", "nearest")
+CLASSIFIED = {
+    "omniglot": 1100,
+    "miniimagenet": 64,
+}  # training classes, which the pretrained baseline tells apart
 
 # Defaults a task. A checkpoint keeps those above the line; those below it may differ at every evaluation.
 TASKS = {
@@ -490,9 +494,10 @@ class ImageExperiment(Experiment):
         mini, ways = settings["task"] == "miniimagenet", settings["ways"]
         shape = (84, 84, 3) if mini else (28, 28, 1)
         if settings["net"] == "conv":
-            self.network = nets.convnet(shape, ways, settings["filters"], pool=mini)
+            network = partial(nets.convnet, shape, filters=settings["filters"], pool=mini)
         else:
-            self.network = nets.mlp((math.prod(shape), 256, 128, 64, 64, ways), normalize=True)
+            network = partial(_perceptron, shape)
+        self.network, self.classifier = network(ways), network(CLASSIFIED[settings["task"]])
         self.loss = nets.cross_entropy(self.network)
         self.metric = partial(accuracy, self.network)
         self.chunk = 1 if mini or ways > 10 else 4
@@ -521,6 +526,52 @@ class ImageExperiment(Experiment):
 
     def eval_query(self, shots):
         return shots
+
+    @property
+    def size(self):
+        return self.classifier.size if self.method == "pretrained" else super().size
+
+    def start(self):
+        if self.method != "pretrained":
+            return super().start()
+        return State.start(self.classifier.init(self.stream("init"), self.settings["dtype"]))
+
+    def sample(self, rng):
+        if self.method != "pretrained":
+            return super().sample(rng)
+        s = self.settings
+        count = s["meta_batch"] * s["ways"] * (s["shots"] + s["query"])  # as many images as MAML meets
+        batch = tasks.labelled(
+            rng, self.images["train"], count, self.classifier.outputs[0], np.dtype(s["dtype"])
+        )
+        return batch, batch
+
+    def outer_gradient(self):
+        if self.method != "pretrained":
+            return super().outer_gradient()
+        return partial(joint_gradient, nets.cross_entropy(self.classifier))
+
+    def adaptation(self, learned):
+        """Of the pretrained classifier all but the last layer, which starts again from zero."""
+        if self.method != "pretrained":
+            return super().adaptation(learned)
+        names = list(self.network.shapes)[-2:]
+        body = self.network.size - sum(math.prod(self.network.shapes[name]) for name in names)
+        theta = np.zeros(self.network.size, learned.dtype)
+        theta[:body] = learned[:body]
+        return theta, self.inner_rate()
+
+    def curve(self, learned, purpose, count, shots, query, steps):
+        if self.method != "nearest":
+            return super().curve(learned, purpose, count, shots, query, steps)
+        support, query = self.draw(purpose, self.stream(purpose), count, shots, query)
+        hit = (tasks.nearest(support, query) * query[1]).sum(axis=-1)
+        return hit.mean(axis=1)[None].astype(float)
+
+
+def _perceptron(shape, ways):
+    """The authors' network without convolutions."""
+    return nets.mlp((math.prod(shape), 256, 128, 64, 64, ways), normalize=True)
 
 
 def accuracy(network, theta, x, y):
@@ -793,10 +844,9 @@ def settings_of(args):
     if args.task is None:
         raise Unusable(f"--task is missing; name one of {', '.join(TASKS)}")
     settings = {"task": args.task, "method": args.method or args.baseline or "maml"}
-    if args.task != "sinusoid" and settings["method"] in ("pretrained", "oracle"):
-        raise Unusable(
-            f"--baseline {settings['method']} is for --task sinusoid; images have --baseline random"
-        )
+    other = {"oracle": "sinusoid", "nearest": "omniglot or miniimagenet"}.get(settings["method"], args.task)
+    if args.task not in other:
+        raise Unusable(f"--baseline {settings['method']} is for --task {other}, not {args.task}")
     given = {key: value for key, value in vars(args).items() if value is not None}
     for key, default in defaults(args.task, settings["method"], given).items():
         settings[key] = given.get(key, default)
@@ -831,9 +881,9 @@ def check_agreement(args, settings, path, free):
 
 
 def check_plottable(args, models):
-    """Unusable where a picture of images is asked for."""
-    if args.plot and any(isinstance(experiment, ImageExperiment) for experiment, _ in models):
-        raise Unusable("--plot draws sinusoids; for images take --log and --results")
+    """Unusable where one picture would have to show sinusoids and images."""
+    if args.plot and len({type(experiment) for experiment, _ in models}) > 1:
+        raise Unusable("--plot draws checkpoints of one kind of task; leave the others out of --evaluate")
 
 
 class Command(NamedTuple):
@@ -898,7 +948,7 @@ def meta_train(experiment, state, rng, save, log, command):
     Where validation selects, that is what was best on it, kept beside `save` in FILE.best.npz.
     """
     settings = experiment.settings
-    iterations = settings["iterations"] if experiment.method != "random" else state.iteration
+    iterations = state.iteration if experiment.method in ("random", "nearest") else settings["iterations"]
     best = kept_best(experiment, save, state, command)
     log = log and Log(log, experiment.columns, state.iteration)
     run = experiment.train(state, rng, iterations)
@@ -1017,7 +1067,8 @@ def report(models, args):
     if args.results:
         write_rows(args.results, rows)
     if args.plot:
-        plot(models, curves, args.plot)
+        draw = plot_images if isinstance(models[0][0], ImageExperiment) else plot
+        write_figure(args.plot, draw(models, curves, args.log))
 
 
 def print_table(settings, asked, curves):
@@ -1028,7 +1079,7 @@ def print_table(settings, asked, curves):
     what = "query accuracy in %" if images else f"query MSE; diverged: above {DIVERGED:.0f}"
     print(f"{asked['eval_tasks']} unseen tasks: mean ± 95 % interval, median, tasks diverged ({what})\n")
     print("steps  " + "".join(f"{f'K = {shots}':<34}" for _, shots, _ in curves) + "paper")
-    for step in range(asked["eval_steps"] + 1):
+    for step in range(max(len(rows) for _, _, rows in curves)):
         cells, paper = [], []
         for _, shots, rows in curves:
             row = rows[step]
@@ -1066,7 +1117,7 @@ def check_plotting(path):
         )
 
 
-def plot(models, curves, path):
+def plot(models, curves, _):
     """As figure 2 of the paper: test sinusoids before and after adaptation, a row a model; and the error."""
     from matplotlib.figure import Figure
 
@@ -1122,9 +1173,81 @@ def plot(models, curves, path):
     axes.set_title("error on unseen tasks, mean and 95 % interval", loc="left", fontsize=10)
     lines = axes.get_legend_handles_labels()
     canvas.legend(*lines, fontsize=8, ncols=len(methods), loc="outside lower right", frameon=False)
-    picture = io.BytesIO()
-    canvas.savefig(picture, format=os.path.splitext(path)[1].lstrip("."), dpi=110)
-    write_file(path, picture.getvalue())
+    return canvas
+
+
+def plot_images(models, curves, log):
+    """A test task before and after adaptation, accuracy against gradient steps, and the learning curve."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(13, 5.2), layout="constrained")
+    left, right = canvas.subfigures(1, 2, width_ratios=[1.7, 1])
+    plot_episode(left, *next((m for m in models if m[0].method != "nearest"), models[0]))
+    panels = right.subplots(2 if log else 1, 1, squeeze=False)[:, 0]
+    for method, shots, rows in curves:
+        mean, ci95 = (100 * np.array([r[key] for r in rows]) for key in ("mean", "ci95"))
+        panels[0].errorbar(
+            range(len(rows)), mean, ci95, marker="o", ms=4, lw=1.2, label=f"{method}, K = {shots}"
+        )
+    panels[0].set(xlabel="gradient steps", ylabel="query accuracy, %", ylim=(0, 102))
+    panels[0].set_title("unseen tasks, mean and 95 % interval", loc="left", fontsize=10)
+    panels[0].legend(fontsize=8, frameon=False)
+    if log:
+        with open(log, newline="") as file:
+            curve = np.array(
+                [[float(row[k]) for k in ("iteration", "before", "after")] for row in csv.DictReader(file)]
+            )
+        for column, name in ((1, "before"), (2, "after")):
+            panels[1].plot(curve[:, 0], 100 * curve[:, column], lw=1.2, label=f"{name} adaptation")
+        panels[1].set(xlabel="meta-iterations", ylabel="validation accuracy, %", ylim=(0, 102))
+        panels[1].legend(fontsize=8, frameon=False)
+    return canvas
+
+
+def plot_episode(canvas, experiment, learned):
+    """Support images above; a query image of each class below them, with its probabilities."""
+    s, shown = experiment.settings, min(experiment.settings["ways"], 6)
+    shots = min(s["shots"], 3)
+    support, query = experiment.draw("test", experiment.stream("test"), 1, s["shots"], 1)
+    theta, alpha = experiment.adaptation(learned)
+    steps = 3 if s["task"] == "omniglot" and s["ways"] <= 10 else max(s["steps"], 5)
+    probability = []
+    for count in (0, steps):
+        out = experiment.network.apply(adapt(experiment.loss, theta, support, alpha, count), query[0])[0]
+        out = np.exp(out - out.max(axis=-1, keepdims=True))
+        probability.append(out / out.sum(axis=-1, keepdims=True))
+    grid = canvas.subplots(shots + 2, shown, squeeze=False, height_ratios=[1] * (shots + 1) + [1.3])
+    for label in range(shown):
+        for row in range(shots + 1):
+            image = support[0][0, label * s["shots"] + row] if row < shots else query[0][0, label]
+            grid[row, label].imshow(
+                image if image.shape[-1] == 3 else 1 - image[..., 0], cmap="gray", vmin=0, vmax=1
+            )
+            grid[row, label].set(xticks=[], yticks=[])
+        grid[0, label].set_title(f"class {label + 1}", fontsize=9)
+        axes, ways = grid[-1, label], np.arange(s["ways"]) + 1
+        for out, color, name, shift in zip(
+            probability, ("#bdc3c7", "#1a5276"), ("before", "after"), (-0.2, 0.2)
+        ):
+            axes.bar(
+                ways + shift,
+                out[label],
+                0.4,
+                color=color,
+                label=f"{name}{f' {steps} steps' * (name == 'after')}",
+            )
+        right = probability[1][label].argmax() == label
+        said = f"class {probability[1][label].argmax() + 1}"
+        axes.set_title(
+            f"{said}, {'right' if right else 'wrong'}", fontsize=9, color="#1e8449" if right else "#c0392b"
+        )
+        axes.set(ylim=(0, 1), yticks=[0, 1] if label == 0 else [], xticks=ways if s["ways"] <= 6 else [])
+    for row in range(shots + 1):
+        grid[row, 0].set_ylabel("support" if row < shots else "query", fontsize=9)
+    grid[-1, 0].set_ylabel("probability", fontsize=9)
+    canvas.legend(
+        *grid[-1, 0].get_legend_handles_labels(), ncols=2, fontsize=8, loc="outside lower left", frameon=False
+    )
 
 
 COMMAND = Command("maml.py", build_parser, settings_of, experiment_of, report, "--alpha or --beta")

@@ -596,7 +596,7 @@ def build_parser():
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--method", choices=("maml",), help="what is learned, and how (default: maml)")
     which.add_argument(
-        "--baseline", choices=maml.BASELINES, help="in place of a method: what the paper compares with"
+        "--baseline", choices=tuple(BASELINE_ALPHA), help="in place of a method: what the paper compares with"
     )
     for flag, kind, text in FLAGS:
         key = flag[2:].replace("-", "_")

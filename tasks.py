@@ -83,6 +83,29 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
     return _labelled(x[:, :, :shots], dtype), _labelled(x[:, :, shots:], dtype)
 
 
+def labelled(rng, images, count, outputs, dtype=np.float32):
+    """`count` images of any classes, as one task -> x [1, count, h, w, c], y [1, count, outputs].
+
+    images as in `few_shot`. Class i is one-hot at i; outputs beyond the classes are never a target.
+    """
+    classes, each = images.shape[:2]
+    if classes > outputs:
+        raise ValueError(f"there are {classes} training classes, and the classifier has {outputs} outputs")
+    drawn, picked = rng.integers(classes, size=count), rng.integers(each, size=count)
+    x = np.divide(
+        images[drawn, picked], 255 if images.dtype == np.uint8 else 1, dtype=dtype, casting="same_kind"
+    )
+    return x[None], np.eye(outputs, dtype=dtype)[drawn][None]
+
+
+def nearest(support, query):
+    """The label of each query image's nearest support image, by Euclidean distance: one-hot, as y."""
+    (sx, sy), qx = support, query[0]
+    s, q = (x.reshape(*x.shape[:2], -1) for x in (sx, qx))
+    distance = (s * s).sum(axis=-1)[:, None] - 2 * q @ s.mT  # but for |q|², the same for all
+    return np.take_along_axis(sy, distance.argmin(axis=-1)[..., None], axis=1)
+
+
 def _distinct(rng, shape, n):
     """n different indices into the last axis of `shape`, in random order: [*shape[:-1], n]."""
     keys = rng.random(shape)
