@@ -15,6 +15,7 @@ on the steps that the adapted policies took. At the old theta the constraint's H
 F_i the Fisher matrix of the adapted policy: exact, with no third derivative, as the gradient of the KL is 0.
 """
 
+import functools
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,128 @@ class Navigation:
 
     def observe(self):
         return np.concatenate([self.position, self.goals], axis=-1) if self.oracle else self.position
+
+
+class Locomotion:
+    """Half-cheetah or ant on MuJoCo with the authors' rewards; name "cheetah-vel", "cheetah-dir", "ant-...".
+
+    goals [T]: a velocity (m/s) or a direction (-1, 1) each. Observations [T, B, d]: cheetah qpos[1:], qvel,
+    the centre of mass, d = 20; ant qpos, qvel, contact forces clipped to ±1, the torso's rotation and the
+    centre of mass, d = 125. With a = clip(action, ±1), and v the centre of mass's x velocity after the step,
+
+        cheetah  r = -|v - goal| or goal v, - 0.05 |a|²
+        ant      r = 1 - |v - goal| or goal v, - 0.005 |a|² - 0.0005 |contact forces|² + 0.05
+
+    and the ant is done where its state is not finite or its torso's height not within [0.2, 1.0]. A step is
+    `frame_skip` physics steps, of 0.01 s (cheetah) or 0.02 s (ant). A trajectory that is done stays as it is.
+    Bodies: gymnasium's half_cheetah.xml and ant.xml. Each trajectory has a simulation of its own, so that the
+    solver starts from its own last solution; they are spread over threads.
+    """
+
+    horizon = 200
+
+    def __init__(self, name, goals, trajectories, oracle=False, frame_skip=1):
+        self.mujoco, folder = _mujoco()
+        body, self.kind = name.split("-")
+        self.ant, self.oracle, self.frame_skip = body == "ant", oracle, frame_skip
+        self.goals = np.repeat(np.asarray(goals, float)[:, None], trajectories, axis=1)
+        path = os.path.join(folder, "ant.xml" if self.ant else "half_cheetah.xml")
+        self.model = self.mujoco.MjModel.from_xml_path(path)
+        if self.ant:
+            self.model.opt.timestep = 0.02
+        self.actions = self.model.nu
+        self.simulations = [self.mujoco.MjData(self.model) for _ in range(self.goals.size)]
+        self.controls = [simulation.ctrl for simulation in self.simulations]  # views, as all below
+        self.parts = [self._parts(simulation) for simulation in self.simulations]
+        ends = np.cumsum([0] + [part.size for part in self.parts[0]])
+        self.cuts = [slice(*pair) for pair in zip(ends, ends[1:])]
+        self.rows = np.empty((self.goals.size, ends[-1]))
+
+    def reset(self, rng):
+        model, count = self.model, len(self.simulations)
+        start = model.numeric("init_qpos").data if self.ant else model.qpos0
+        positions = start + 0.01 * rng.normal(size=(count, model.nq))
+        velocities = 0.1 * rng.normal(size=(count, model.nv))
+        for simulation, position, velocity in zip(self.simulations, positions, velocities):
+            self.mujoco.mj_resetData(model, simulation)
+            simulation.qpos, simulation.qvel = position, velocity
+        self.ended = np.zeros(count, bool)
+        self._advance(range(count), steps=0)
+        return self._observe()
+
+    def step(self, actions):
+        a = np.clip(actions.reshape(len(self.simulations), -1), -1, 1).astype(float)
+        for control, row in zip(self.controls, a):
+            control[:] = row
+        parts = np.array_split(np.flatnonzero(~self.ended), os.cpu_count())
+        list(_threads().map(partial(self._advance, steps=self.frame_skip), parts))
+        goals, velocity, height = self.goals.ravel(), self.rows[:, -1], self.rows[:, 2]
+        reward = -np.abs(velocity - goals) if self.kind == "vel" else goals * velocity
+        reward = reward - (0.005 if self.ant else 0.05) * (a * a).sum(axis=1)
+        reward = np.where(self.ended, 0, reward)
+        if self.ant:
+            contacts = self._features()[:, 29:113]
+            bonus = 0.05 + (self.kind == "vel") - 0.0005 * (contacts * contacts).sum(axis=1)
+            reward = np.where(self.ended, 0, reward + bonus)
+            self.ended = self.ended | ~(np.isfinite(self.rows).all(axis=1) & (0.2 <= height) & (height <= 1))
+        return self._observe(), reward.reshape(self.goals.shape), self.ended.reshape(self.goals.shape)
+
+    def _advance(self, which, steps):
+        """Steps some of the simulations and copies what is read of each to its row."""
+        model, step, settle = self.model, self.mujoco.mj_step, self._settle
+        for i in which:
+            if steps:
+                step(model, self.simulations[i], steps)
+            settle(self.simulations[i])
+            row = self.rows[i]
+            for cut, part in zip(self.cuts, self.parts[i]):
+                row[cut] = part
+
+    def _parts(self, simulation):
+        """Views of what an observation is made of, and of the x velocity of the centre of mass."""
+        arrays = [simulation.qpos, simulation.qvel]
+        if self.ant:
+            arrays += [simulation.cfrc_ext.reshape(-1), simulation.xmat[1]]
+        return [*arrays, simulation.subtree_com[1], simulation.subtree_linvel[1, :1]]
+
+    def _settle(self, simulation):
+        """What depends on position and velocity, at the end of the step: mj_step leaves that of its start."""
+        mujoco, model = self.mujoco, self.model
+        if self.ant:
+            mujoco.mj_forward(model, simulation)
+            mujoco.mj_rnePostConstraint(model, simulation)
+        else:
+            mujoco.mj_kinematics(model, simulation)
+            mujoco.mj_comPos(model, simulation)
+            mujoco.mj_comVel(model, simulation)
+        mujoco.mj_subtreeVel(model, simulation)
+
+    def _features(self):
+        if not self.ant:
+            return self.rows[:, 1:-1]
+        return np.concatenate(
+            [self.rows[:, :29], np.clip(self.rows[:, 29:113], -1, 1), self.rows[:, 113:-1]], axis=1
+        )
+
+    def _observe(self):
+        features = self._features().reshape(*self.goals.shape, -1)
+        return np.concatenate([features, self.goals[..., None]], axis=-1) if self.oracle else features.copy()
+
+
+def _mujoco():
+    """The mujoco package, and the folder of gymnasium's bodies; Unusable where one is missing."""
+    try:
+        import gymnasium
+        import mujoco
+    except ImportError:
+        raise maml.Unusable('locomotion needs MuJoCo; pip install "gymnasium[mujoco]"') from None
+    mujoco.set_mju_user_warning(lambda _: None)  # which would write a file into the current folder
+    return mujoco, os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets")
+
+
+@functools.cache
+def _threads():
+    return ThreadPoolExecutor(os.cpu_count())
 
 
 # The policy ------------------------------------------------------------------------------------
@@ -388,6 +511,7 @@ TASKS = {
     "ant-vel": COMMON | dict(iterations=375),
     "ant-dir": COMMON | dict(trajectories=40, iterations=575, eval_trajectories=40, eval_shrink=0.01),
 }
+SIZES = {"navigation": (2, 2, 2), "cheetah": (20, 6, 1), "ant": (125, 8, 1)}  # observation, action, goal
 EVALUATION = ("eval_tasks", "eval_trajectories", "eval_steps", "eval_shrink")
 # The step sizes with which the authors adapt what was not meta-trained.
 BASELINE_ALPHA = {
@@ -433,9 +557,7 @@ class Experiment:
     def __init__(self, settings):
         self.settings, self.method = settings, settings["method"]
         self.alpha = settings["alpha"]
-        make, sizes = (Navigation, (2, 2)) if settings["task"] == "navigation" else (None, None)
-        self.make, (inputs, actions) = make, sizes
-        goal = 2 if settings["task"] == "navigation" else 1
+        inputs, actions, goal = SIZES[settings["task"].split("-")[0]]
         inputs += goal if self.method == "oracle" else 0
         self.policy = gaussian_policy(inputs, actions, (settings["hidden"],) * 2)
         self.loss = nets.Loss(self.policy, PolicyGradient())
@@ -463,7 +585,11 @@ class Experiment:
         return draws if task.endswith("vel") else np.where(draws < top / 2, -1.0, 1.0)
 
     def environment(self, goals, trajectories):
-        environment = self.make(goals, trajectories, oracle=self.method == "oracle")
+        task, oracle = self.settings["task"], self.method == "oracle"
+        if task == "navigation":
+            environment = Navigation(goals, trajectories, oracle)
+        else:
+            environment = Locomotion(task, goals, trajectories, oracle, self.settings["frame_skip"])
         environment.horizon = self.settings["horizon"]
         return environment
 

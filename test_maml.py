@@ -1768,6 +1768,95 @@ def test_rollout_masks_what_follows_the_end():
     assert np.allclose(episodes.returns()[0], -np.hypot(0.1, 0.05), atol=1e-5)
 
 
+def gymnasium_alone(environment, actions):
+    """The states [H, nq + nv] of gymnasium's environment from the same start, stepped alone."""
+    gymnasium = pytest.importorskip("gymnasium", reason='needs "gymnasium[mujoco]"')
+    alone = gymnasium.make("Ant-v5" if environment.ant else "HalfCheetah-v5", frame_skip=1).unwrapped
+    alone.reset(seed=0)
+    alone.model.opt.timestep = environment.model.opt.timestep
+    alone.set_state(environment.simulations[1].qpos.copy(), environment.simulations[1].qvel.copy())
+    alone.data.qacc_warmstart[:] = 0
+    states = []
+    for action in actions:
+        alone.do_simulation(action, 1)
+        states.append(np.concatenate([alone.data.qpos, alone.data.qvel]))
+    return np.array(states)
+
+
+@pytest.mark.parametrize("name", ["cheetah-vel", "cheetah-dir", "ant-vel", "ant-dir"])
+def test_locomotion_equals_gymnasium_and_pays_the_authors_rewards(name):
+    """A trajectory of a batch equals gymnasium's, bit for bit; v is the centre of mass's, by differences."""
+    mujoco = pytest.importorskip("mujoco", reason='needs "gymnasium[mujoco]"')
+    rng, ant = np.random.default_rng(0), name.startswith("ant")
+    environment = rl.Locomotion(name, [-1.0, 1.0], 1)
+    observation = environment.reset(rng)
+    assert observation.shape == (2, 1, 125 if ant else 20)
+    actions = rng.normal(size=(200, 2, 1, environment.actions))
+    alone = gymnasium_alone(environment, np.clip(actions[:, 1, 0], -1, 1))
+    ended = np.zeros((2, 1), bool)
+    for t, action in enumerate(actions):
+        before = ended
+        observation, reward, ended = environment.step(action)
+        if before.any():
+            break
+        simulation, model = environment.simulations[1], environment.model
+        state = np.concatenate([simulation.qpos, simulation.qvel])
+        assert np.array_equal(state, alone[t])
+        moved, h = mujoco.MjData(model), 1e-6
+        moved.qpos = simulation.qpos
+        mujoco.mj_integratePos(model, moved.qpos, simulation.qvel, h)
+        mujoco.mj_kinematics(model, moved)
+        mujoco.mj_comPos(model, moved)
+        centre = observation[1, 0, -3:]
+        assert np.array_equal(
+            observation[1, 0, : model.nq - 1], simulation.qpos[0 if ant else 1 :][: model.nq - 1]
+        )
+        velocity = (moved.subtree_com[1] - centre)[0] / h
+        expected = velocity if name.endswith("dir") else -abs(velocity - 1)
+        expected -= (0.005 if ant else 0.05) * (np.clip(action[1, 0], -1, 1) ** 2).sum()
+        if ant:
+            contacts = np.clip(simulation.cfrc_ext, -1, 1)
+            expected += 0.05 + name.endswith("vel") - 0.0005 * (contacts**2).sum()
+            assert ended[1, 0] == (not 0.2 <= simulation.qpos[2] <= 1)
+        assert abs(reward[1, 0] - expected) < 1e-4
+    assert t > 10 and (ant or t == 199)
+
+
+def test_an_ant_that_has_ended_stays_as_it_is_and_is_paid_nothing():
+    pytest.importorskip("mujoco", reason='needs "gymnasium[mujoco]"')
+    environment = rl.Locomotion("ant-dir", [1.0], 2, oracle=True)
+    environment.reset(np.random.default_rng(0))
+    environment.simulations[0].qpos[2] = 1.5
+    _, first, done = environment.step(np.zeros((1, 2, 8)))
+    seen, second, _ = environment.step(np.ones((1, 2, 8)))
+    assert done.tolist() == [[True, False]] and first[0, 0] != 0 and second[0, 0] == 0 != second[0, 1]
+    again, _, done = environment.step(np.ones((1, 2, 8)))
+    assert np.array_equal(again[0, 0], seen[0, 0]) and done[0, 0] and again.shape == (1, 2, 126)
+
+
+@pytest.mark.parametrize("task", ["cheetah-vel", "ant-dir"])
+def test_locomotion_trains_and_resumes_to_the_same_bits(folder, monkeypatch, task):
+    monkeypatch.setattr(rl, "VALIDATION_TASKS", 1)
+    pytest.importorskip("mujoco", reason='needs "gymnasium[mujoco]"')
+    base = f"--task {task} --horizon 5 --meta-batch 2 --trajectories 2 --hidden 4 --eval-tasks 2".split()
+    base += ["--eval-trajectories", 2, "--eval-steps", 1]
+    assert rl_command(*base, "--iterations", 2, "--save", "whole.npz") == 0
+    assert rl_command(*base, "--iterations", 1, "--save", "part.npz") == 0
+    assert (
+        rl_command("--resume", "part.npz", "--iterations", 2, "--eval-tasks", 2, "--eval-trajectories", 1)
+        == 0
+    )
+    assert np.array_equal(arrays("whole.npz")["theta"], arrays("part.npz")["theta"])
+    assert {path.suffix for path in folder.iterdir()} == {".npz"}  # MuJoCo leaves no log behind
+
+
+def test_locomotion_without_mujoco_says_what_to_install(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    assert rl_command("--task", "ant-vel") == 2
+    assert 'pip install "gymnasium[mujoco]"' in capsys.readouterr().err
+
+
 def test_conjugate_gradient_solves_and_the_line_search_keeps_theta_where_nothing_helps():
     rng = np.random.default_rng(0)
     root = rng.normal(size=(6, 6))
