@@ -13,12 +13,14 @@ import ctypes
 import io
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -257,14 +259,19 @@ def one_blas_thread():
         library.scipy_openblas_set_num_threads64_(1)
 
 
-def evaluate(loss, theta, support, query, alpha, steps, metric=None):
+def evaluate(loss, theta, support, query, alpha, steps, metric=None, chunk=None, map=map):
     """metric(theta_s; query) after s = 0 ... steps inner steps on the support set: -> [steps + 1, T].
 
-    The metric is the loss unless another is given, and is called as it: metric(theta, x, y) -> [T].
+    The metric is the loss unless another is given, and is called as it: metric(theta, x, y) -> [T]. `chunk`
+    and `map` as in `mean_over_chunks`.
     """
-    metric, rows = metric or loss, []
     alpha = _checked(theta, support, alpha, steps)
-    theta = _per_task(theta, support[0])
+    one = partial(_curve, loss, theta, alpha=alpha, steps=steps, metric=metric or loss)
+    return np.concatenate([*map(one, *zip(*chunks(support, query, chunk or len(support[0]))))], axis=1)
+
+
+def _curve(loss, theta, support, query, alpha, steps, metric):
+    theta, rows = _per_task(theta, support[0]), []
     for s in range(steps + 1):
         if s:
             theta = theta - alpha * gradient(loss, theta, *support)
@@ -367,6 +374,7 @@ PAPER = {
 
 EVAL_QUERY = 100  # query points of a test sinusoid: the figure is the paper's, with less noise
 DIVERGED = 100.0  # of a sinusoid's error: four times the largest amplitude squared
+SPLITS = {"training": "train", "validation": "val", "test": "test"}
 STREAMS = ("training", "test", "validation", "init")
 REPTILE_STEPS = 10  # with one inner step Reptile is joint training
 
@@ -477,10 +485,11 @@ class Experiment:
         """The metric [steps + 1, count] of unseen tasks after 0 ... steps inner steps."""
         theta, alpha = self.adaptation(learned)
         rng, columns = self.stream(purpose), []
-        one = partial(evaluate, self.loss, theta, alpha=alpha, steps=steps, metric=self.metric)
         for done in range(0, count, self.block):
             batch = self.draw(purpose, rng, min(self.block, count - done), shots, query)
-            columns += self.map(one, *zip(*chunks(*batch, self.chunk or self.block)))
+            columns.append(
+                evaluate(self.loss, theta, *batch, alpha, steps, self.metric, self.chunk, self.map)
+            )
         return np.concatenate(columns, axis=1)
 
 
@@ -520,9 +529,18 @@ class ImageExperiment(Experiment):
             raise Unusable(" ".join(str(error).split()))
 
     def draw(self, purpose, rng, count, shots, query):
-        images = self.images[{"training": "train", "validation": "val", "test": "test"}[purpose]]
-        rotate, dtype = self.settings["task"] == "omniglot", np.dtype(self.settings["dtype"])
-        return tasks.few_shot(rng, images, count, self.settings["ways"], shots, query, rotate, dtype)
+        return self.gathered(purpose, shots)(*self.indices(purpose, rng, count, shots, query))
+
+    def indices(self, purpose, rng, count, shots, query):
+        """A meta-batch as indices, which are what travels to workers."""
+        rotate = self.settings["task"] == "omniglot"
+        shape = self.images[SPLITS[purpose]].shape
+        return tasks.draw(rng, shape, count, self.settings["ways"], shots, query, rotate)
+
+    def gathered(self, purpose, shots):
+        """(classes, picked), (turns,) -> support, query."""
+        dtype = np.dtype(self.settings["dtype"])
+        return partial(tasks.gather, self.images[SPLITS[purpose]], shots=shots, dtype=dtype)
 
     def eval_query(self, shots):
         return shots
@@ -537,9 +555,9 @@ class ImageExperiment(Experiment):
         return State.start(self.classifier.init(self.stream("init"), self.settings["dtype"]))
 
     def sample(self, rng):
-        if self.method != "pretrained":
-            return super().sample(rng)
         s = self.settings
+        if self.method != "pretrained":
+            return self.indices("training", rng, s["meta_batch"], s["shots"], s["query"])
         count = s["meta_batch"] * s["ways"] * (s["shots"] + s["query"])  # as many images as MAML meets
         batch = tasks.labelled(
             rng, self.images["train"], count, self.classifier.outputs[0], np.dtype(s["dtype"])
@@ -547,9 +565,11 @@ class ImageExperiment(Experiment):
         return batch, batch
 
     def outer_gradient(self):
-        if self.method != "pretrained":
-            return super().outer_gradient()
-        return partial(joint_gradient, nets.cross_entropy(self.classifier))
+        if self.method == "pretrained":
+            return partial(joint_gradient, nets.cross_entropy(self.classifier))
+        return partial(
+            on_gathered, self.gathered("training", self.settings["shots"]), super().outer_gradient()
+        )
 
     def adaptation(self, learned):
         """Of the pretrained classifier all but the last layer, which starts again from zero."""
@@ -572,6 +592,11 @@ class ImageExperiment(Experiment):
 def _perceptron(shape, ways):
     """The authors' network without convolutions."""
     return nets.mlp((math.prod(shape), 256, 128, 64, 64, ways), normalize=True)
+
+
+def on_gathered(gathered, function, theta, indices, turns):
+    """function(theta, support, query) on the pixels that the indices mean."""
+    return function(theta, *gathered(indices, turns))
 
 
 def accuracy(network, theta, x, y):
@@ -791,6 +816,7 @@ def build_parser():
         metavar="K",
         help="support sizes to evaluate at (default: sinusoid 5 10 20, else --shots)",
     )
+    add_worker_flags(parser)
     parser.add_argument("--net", choices=("conv", "mlp"), help="of images (default: conv)")
     which.add_argument(
         "--first-order", dest="method", action="store_const", const="fomaml", help="--method fomaml"
@@ -802,6 +828,22 @@ def build_parser():
     )
     add_common_flags(parser, Experiment)
     return parser
+
+
+def add_worker_flags(parser):
+    """Who computes the chunks of a meta-batch; the bits do not depend on it."""
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument(
+        "--workers",
+        type=count,
+        metavar="N",
+        help="processes that compute the chunks of an image meta-batch (default: a thread for each core)",
+    )
+    who.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Dask scheduler whose workers compute them, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])",
+    )
 
 
 def add_common_flags(parser, experiment):
@@ -886,6 +928,59 @@ def check_plottable(args, models):
         raise Unusable("--plot draws checkpoints of one kind of task; leave the others out of --evaluate")
 
 
+@contextmanager
+def workers_of(args):
+    """The map that --workers or --scheduler asks for, or None; closed at the end."""
+    if getattr(args, "workers", None):
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.workers, spawn, initializer=one_blas_thread) as pool:
+            yield partial(_pool_map, pool, args.workers)
+    elif getattr(args, "scheduler", None):
+        with dask_client(args.scheduler) as client:
+            yield partial(_dask_map, client)
+    else:
+        yield None
+
+
+def _pool_map(pool, workers, function, *columns):
+    """pool.map with one parcel a worker, so that theta travels once to each."""
+    columns = [list(column) for column in columns]
+    return pool.map(function, *columns, chunksize=-(-len(columns[0]) // workers))
+
+
+def _dask_map(client, function, *columns):
+    """The executor's map; a chunk whose worker is lost goes to another."""
+    from distributed import KilledWorker
+
+    try:
+        return list(client.get_executor().map(function, *columns))
+    except KilledWorker:
+        raise WorkerLost from None
+
+
+class WorkerLost(Exception):
+    """Dask gave a chunk up after several workers died of it."""
+
+
+def dask_client(address):
+    """A client of the scheduler there, whose workers have been sent this project's modules."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise Unusable('--scheduler needs Dask; pip install "dask[distributed]"') from None
+    try:
+        client = Client(address, timeout=10)
+    except Exception as error:  # whatever the address says
+        reason = " ".join(str(error).split())[:120]
+        raise Unusable(
+            f"--scheduler {address}: no scheduler answers ({reason}); start one with dask scheduler"
+        )
+    for module in (nets, tasks, sys.modules[__name__]):
+        client.upload_file(module.__file__)
+    client.run(one_blas_thread)
+    return client
+
+
 class Command(NamedTuple):
     """What this file's command line and rl.py's differ in."""
 
@@ -899,6 +994,12 @@ class Command(NamedTuple):
 
 def run(args, command):
     """The command: -> exit code."""
+    with workers_of(args) as map:
+        return run_on(args, command, map)
+
+
+def run_on(args, command, map):
+    """`run`, where `map` is not None as the experiments' map."""
     for flag in ("save", "resume", "log", "results", "plot"):
         if getattr(args, flag):
             check_writable(f"--{flag}", getattr(args, flag))
@@ -918,6 +1019,7 @@ def run(args, command):
             models.append((command.experiment_of(settings), state.theta))
         check_plottable(args, models)
         for experiment, _ in models:
+            experiment.map = map or experiment.map
             experiment.open(getattr(args, "data", None))
     else:
         if args.resume:
@@ -933,6 +1035,7 @@ def run(args, command):
             experiment = command.experiment_of(command.settings_of(args))
             rng, state = experiment.stream("training"), experiment.start()
         check_plottable(args, [(experiment, None)])
+        experiment.map = map or experiment.map
         experiment.open(getattr(args, "data", None))
         learned = meta_train(experiment, state, rng, args.save or args.resume, args.log, command)
         if learned is None:
@@ -1265,9 +1368,16 @@ def main(argv=None, command=COMMAND):
     except (FloatingPointError, OSError) as error:
         print(f"{command.name}: {error}", file=sys.stderr)
         return 1
+    except BrokenExecutor:
+        print(
+            f"{command.name}: a worker was lost; --resume goes on from the last checkpoint", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import maml  # by this name workers find what they are sent
+
+    sys.exit(maml.main())

@@ -64,7 +64,16 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
     come class by class. `rotate` turns each class of each task by its own uniform multiple of 90 degrees, the
     same for support and query (paper, section 5.2). ValueError where there are too few classes or images.
     """
-    classes, each, height, width = images.shape[:4]
+    drawn = draw(rng, images.shape, tasks, ways, shots, query_shots, rotate)
+    return gather(images, *drawn, shots, dtype)
+
+
+def draw(rng, shape, tasks, ways, shots, query_shots, rotate=False):
+    """The random part of `few_shot`, for images of that shape, as indices: -> (classes, picked), (turns,).
+
+    classes [tasks, ways], picked [tasks, ways, shots + query_shots], turns [tasks, ways] in quarters.
+    """
+    classes, each, height, width = shape[:4]
     if classes < ways:
         raise ValueError(f"a {ways}-way task needs {ways} classes, and there are {classes}: lower the ways")
     if each < shots + query_shots:
@@ -72,14 +81,19 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
         raise ValueError(f"{need}, and there are {each}: lower the shots or the queries")
     if rotate and height != width:
         raise ValueError(f"only square images can be rotated by 90 degrees, and these are {height}x{width}")
-    drawn = _distinct(rng, (tasks, classes), ways)  # [tasks, ways]
+    drawn = _distinct(rng, (tasks, classes), ways)
     picked = _distinct(rng, (tasks, ways, each), shots + query_shots)
+    turns = rng.integers(4, size=(tasks, ways)) if rotate else np.zeros((tasks, ways), int)
+    return (drawn, picked), (turns,)
+
+
+def gather(images, indices, turns, shots, dtype=np.float32):
+    """The pixels and labels of what `draw` drew, or of some of its tasks: -> support, query."""
+    drawn, picked = indices
     x = np.asarray(images)[drawn[:, :, None], picked]  # [tasks, ways, shots + query_shots, h, w, c]
     _forget_pages(images)
-    if rotate:
-        turns = rng.integers(4, size=(tasks, ways))
-        for k in (1, 2, 3):
-            x[turns == k] = np.rot90(x[turns == k], k, axes=(2, 3))
+    for k in (1, 2, 3):
+        x[turns[0] == k] = np.rot90(x[turns[0] == k], k, axes=(2, 3))
     return _labelled(x[:, :, :shots], dtype), _labelled(x[:, :, shots:], dtype)
 
 
@@ -120,6 +134,21 @@ def _labelled(x, dtype):
     x = np.divide(x, 255 if x.dtype == np.uint8 else 1, dtype=dtype, casting="same_kind", order="C")
     y = np.tile(np.eye(ways, dtype=dtype).repeat(n, axis=0), (tasks, 1, 1))
     return x.reshape(tasks, ways * n, *x.shape[3:]), y
+
+
+class Mapped(np.memmap):
+    """A memory-mapped .npy that pickles as the name of its file, so that workers map it themselves."""
+
+    def __reduce__(self):
+        if self.filename is None or self.strides[0] == 0:
+            return super().__reduce__()
+        start = np.frombuffer(self._mmap, np.uint8).__array_interface__["data"][0] + self.offset
+        first = (self.__array_interface__["data"][0] - start) // self.strides[0]
+        return _mapped_part, (str(self.filename), first, first + len(self))
+
+
+def _mapped_part(file, start, stop):
+    return np.lib.format.open_memmap(file, mode="r").view(Mapped)[start:stop]
 
 
 def _forget_pages(images):
@@ -418,7 +447,7 @@ def _mapped(place, digest):
         file.seek(-len(digest), os.SEEK_END)
         if file.read() != digest:
             raise ValueError(f"{place}: made from other files, or cut short")
-    return np.lib.format.open_memmap(place, mode="r")
+    return np.lib.format.open_memmap(place, mode="r").view(Mapped)
 
 
 def _write(place, digest, build):

@@ -1542,9 +1542,10 @@ def test_batch_norms_shift_is_not_adapted_but_learned(glyphs):
     experiment = maml.experiment_of(maml.settings_of(maml.build_parser().parse_args(words)))
     experiment.open(glyphs)
     theta, alpha = experiment.adaptation(experiment.start().theta)
-    batch = experiment.sample(np.random.default_rng(0))
+    indices = experiment.sample(np.random.default_rng(0))
+    batch = experiment.gathered("training", 1)(*indices)
     adapted = experiment.network.unflatten(maml.adapt(experiment.loss, theta, batch[0], alpha, 2))
-    _, g = experiment.outer_gradient()(theta, *batch)
+    _, g = experiment.outer_gradient()(theta, *indices)
     for name, start in experiment.network.unflatten(theta).items():
         assert np.array_equal(adapted[name][0], start) == name.startswith("beta")
         assert experiment.network.unflatten(g)[name].any()
@@ -1578,6 +1579,143 @@ def test_bad_use_of_images_is_one_line(folder, glyphs, monkeypatch, capsys, word
     lines = [line for line in err.splitlines() if "characters, where all of Omniglot" not in line]
     assert out == "" and len(lines) == 1 and re.search(message, lines[0])
     assert contents(folder) == before
+
+
+# Workers and faults -----------------------------------------------------------------------------
+
+SPREAD = ["--task", "omniglot", "--filters", 3, "--ways", 3, "--meta-batch", 10, "--eval-tasks", 10]
+SPREAD += ["--eval-steps", 1, "--iterations", 3]
+
+
+def test_mapped_images_travel_as_the_name_of_their_file(tmp_path, glyphs):
+    images = tasks.load_omniglot(glyphs)["test"]
+    sent = pickle.dumps(images)
+    assert len(sent) < 500 and np.array_equal(pickle.loads(sent), images)
+    assert np.array_equal(pickle.loads(pickle.dumps(images[2:5])), images[2:5])
+    assert np.array_equal(pickle.loads(pickle.dumps(images[[1, 0]])), images[[1, 0]])
+
+
+def test_any_number_of_workers_gives_the_same_bits(folder, glyphs):
+    run = [sys.executable, HERE / "maml.py", *map(str, [*SPREAD, "--data", glyphs])]
+    for name, words in (("threads", []), ("one", ["--workers", "1"]), ("four", ["--workers", "4"])):
+        done = subprocess.run([*run, *words, "--save", name + ".npz"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    a, b, c = (arrays(f"{name}.npz") for name in ("threads", "one", "four"))
+    assert all(np.array_equal(a[key], b[key]) and np.array_equal(a[key], c[key]) for key in a)
+
+
+def test_a_dask_cluster_gives_the_same_bits(folder, glyphs, capsys):
+    distributed = pytest.importorskip("distributed", reason="needs dask[distributed]")
+    assert command(*SPREAD, "--data", glyphs, "--save", "a.npz") == 0
+    with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
+        words = ["--data", glyphs, "--scheduler", cluster.scheduler_address, "--save", "b.npz"]
+        assert command(*SPREAD, *words) == 0
+    a, b = arrays("a.npz"), arrays("b.npz")
+    assert all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_no_scheduler_and_no_dask_are_one_line(monkeypatch, capsys, glyphs):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert command("--task", "omniglot", "--data", glyphs, "--scheduler", "nowhere") == 2
+    assert 'pip install "dask[distributed]"' in capsys.readouterr().err
+
+
+def test_a_killed_worker_ends_the_run_with_one_line(folder, glyphs):
+    run = [sys.executable, HERE / "maml.py", *map(str, [*SPREAD, "--data", glyphs, "--workers", 2])]
+    process = subprocess.Popen(
+        [*run, "--iterations", "100000", "--save", "a.npz"], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline, workers = time.monotonic() + 60, []
+        while len(workers) < 3 and time.monotonic() < deadline:  # the two, and Python's resource tracker
+            workers = children.read_text().split() if children.exists() else []
+            time.sleep(0.05)
+        time.sleep(1)
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        stderr = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 1 and stderr.splitlines()[-1].startswith("maml.py: a worker was lost")
+    assert "Traceback" not in stderr
+
+
+KILLS = int(os.environ.get("MAML_KILLS", 2))
+
+
+def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(folder, monkeypatch):
+    """MAML_KILLS=100 python -m pytest -k killed_at: as many kill -9, at random moments."""
+    script = "import maml, sys; maml.Experiment.save_every = 3; maml.Experiment.log_every = 2; "
+    script += "sys.exit(maml.main())"
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    quick = [*map(str, QUICK), "--iterations", "90", "--eval-shots", "2"]
+    run = [sys.executable, "-c", script, *quick]
+    subprocess.run([*run, "--save", "whole.npz", "--log", "whole.csv"], check=True, capture_output=True)
+    rng, kills = np.random.default_rng(0), 0
+    while kills < KILLS:
+        saved = pathlib.Path("a.npz").exists()
+        words = ["--resume", "a.npz", "--iterations", "90"] if saved else [*quick, "--save", "a.npz"]
+        process = subprocess.Popen([*run[:3], *words, "--log", "a.csv"], stderr=subprocess.DEVNULL)
+        try:
+            process.wait(rng.uniform(0.2, 1.2))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        if pathlib.Path("a.npz").exists() and int(arrays("a.npz")["iteration"]) == 90:
+            check_same_run()
+            for name in ("a.npz", "a.csv"):
+                pathlib.Path(name).unlink()
+        if pathlib.Path("a.csv").exists():
+            assert pathlib.Path("a.csv").read_bytes().endswith(b"\n")
+    if pathlib.Path("a.npz").exists():
+        subprocess.run([*run[:3], "--resume", "a.npz", "--iterations", "90", "--log", "a.csv"], check=True)
+        check_same_run()
+
+
+def check_same_run():
+    whole, resumed = arrays("whole.npz"), arrays("a.npz")
+    assert all(np.array_equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(folder):
+    """A limit on the size of files stands for a disk that is full."""
+    command(*QUICK, "--save", "a.npz")
+    before = contents(folder)
+    script = "import resource, sys, signal, maml; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    script += "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); sys.exit(maml.main())"
+    words = [sys.executable, "-c", script, "--resume", folder / "a.npz", "--iterations", "60"]
+    done = subprocess.run(words, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 1 and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert contents(folder) == before
+
+
+FUZZ = int(os.environ.get("MAML_FUZZ", 60))
+
+
+@settings(max_examples=FUZZ)
+@given(st.data())
+def test_no_damage_to_a_checkpoint_is_more_than_one_line(files, data):
+    """MAML_FUZZ=10000 python -m pytest -k no_damage: cut, flipped, overwritten and inserted bytes."""
+    good = (files / "good.npz").read_bytes()
+    at = data.draw(st.integers(0, len(good) - 1))
+    piece = data.draw(st.binary(max_size=40))
+    kind = data.draw(st.sampled_from(["cut", "flip", "overwrite", "insert", "random"]))
+    bad = {
+        "cut": good[:at],
+        "flip": good[:at] + bytes([good[at] ^ (1 << len(piece) % 8)]) + good[at + 1 :],
+        "overwrite": good[:at] + piece + good[at + len(piece) :],
+        "insert": good[:at] + piece + good[at:],
+        "random": piece,
+    }[kind]
+    path = files / "fuzzed.npz"
+    path.write_bytes(bad)
+    try:
+        maml.load_checkpoint(str(path), maml.COMMAND)
+    except maml.Unusable as unusable:
+        assert "\n" not in str(unusable) and len(str(unusable)) < 400
+    finally:
+        path.unlink()
 
 
 # Reinforcement learning -------------------------------------------------------------------------
