@@ -154,7 +154,7 @@ def convnet(shape, ways, filters=64, pool=False):
     for i in range(1, 5):
         if pool:
             layers += [
-                Conv(inputs, filters, f"conv{i}", stride=1, first=i == 1),
+                (RowConv if i > 1 else Conv)(inputs, filters, f"conv{i}", stride=1, first=i == 1),
                 PooledBatchNorm(filters, f"beta{i}"),
             ]
             height, width = height // 2, width // 2
@@ -351,6 +351,11 @@ def _mean(x):
     return _sum(x) * x.dtype.type(1 / x.shape[1])
 
 
+def _dot(x, y):
+    """Σ x y over axis 1, kept, without an array of products."""
+    return np.einsum("tmc,tmc->tc", x, y)[:, None]
+
+
 def _sum(x):
     """Over axis 1, kept, as a matrix product: faster than NumPy's reduction of this axis."""
     return np.ones((1, x.shape[1]), x.dtype) @ x
@@ -411,6 +416,94 @@ class Conv:
         return out.reshape(out_shape), backward
 
 
+class RowConv(Conv):
+    """Conv with stride 1, not the first layer: its closed form by three products, without the patches.
+
+    In zero-padded images laid out as rows of pixels, a patch is three runs of three pixels, a line apart:
+    with q the runs, out = Σ_i q[i lines on] w[i]. dL/dx is the same convolution of u, with w's taps turned
+    round and its channels swapped, so that nothing is folded back.
+    """
+
+    def forward(self, w, x):
+        a, shape = _Runs(x), x.shape[:-1] + w.shape[-1:]
+
+        def backward(u, g):
+            b = _Runs(u)
+            a.transposed_times(u, g)
+
+            def tangent(v, dx):
+                da = _Runs(dx)
+                d_out = da.times(w, a.times(v, np.zeros(shape, x.dtype)))
+
+                def finish(du, h):
+                    a.transposed_times(du, h)
+                    h += da.transposed_times(u, np.empty_like(h))
+                    return b.times(_turned(v), _Runs(du).times(_turned(w), np.zeros_like(x)))
+
+                return d_out, finish
+
+            return b.times(_turned(w), np.zeros_like(x)), tangent
+
+        return a.times(w, np.zeros(shape, x.dtype)), backward
+
+
+def _turned(w):
+    """The filters [..., 9 in, out] of dL/dx: taps in reverse, [..., 9 out, in]."""
+    taps = w.reshape(*w.shape[:-2], 9, -1, w.shape[-1])[..., ::-1, :, :].swapaxes(-1, -2)
+    return np.ascontiguousarray(taps).reshape(*w.shape[:-2], 9 * w.shape[-1], -1)
+
+
+class _Runs:
+    """Zero-padded images as runs of three pixels, a few images at a time so that they stay in the cache."""
+
+    block = 1 << 18  # numbers
+
+    def __init__(self, x):
+        tasks, n, h, w, c = x.shape
+        self.padded = np.zeros((tasks, n, h + 2, w + 2, c), x.dtype)
+        self.padded[:, :, 1:-1, 1:-1] = x
+        self.each = max(1, self.block // ((h + 2) * (w + 2) * 3 * c))
+
+    def blocks(self):
+        """Yields task, images, q [pixels, 3 c]: row p holds pixels p, p + 1 and p + 2 (the last two, any)."""
+        tasks, n, h, w, c = self.padded.shape
+        q = np.zeros((min(self.each, n) * h * w, 3 * c), self.padded.dtype)
+        for task in range(tasks):
+            for start in range(0, n, self.each):
+                images = slice(start, start + self.each)
+                pixels = self.padded[task, images].reshape(-1, c)
+                runs = q[: len(pixels)]
+                for j in range(3):
+                    runs[: len(pixels) - j, j * c : (j + 1) * c] = pixels[j:]
+                yield task, images, runs
+
+    def times(self, w, out):
+        """out [T, n, h, w, outputs] += the convolution with w [9 c, outputs] or [T, 9 c, outputs]."""
+        height, line = self.padded.shape[2:4]
+        for task, images, q in self.blocks():
+            top, middle, bottom = np.split(w if w.ndim == 2 else w[task], 3)
+            sums, m = np.empty((len(q), w.shape[-1]), q.dtype), len(q) - 2 * line
+            np.matmul(q[:m], top, out=sums[:m])
+            sums[:m] += q[line : line + m] @ middle
+            sums[:m] += q[2 * line :] @ bottom
+            out[task, images] += sums.reshape(-1, height, line, w.shape[-1])[:, : height - 2, : line - 2]
+        return out
+
+    def transposed_times(self, u, out):
+        """-> patchesᵀ u [T, 9 c, outputs], or its sum over tasks where out is [9 c, outputs]."""
+        height, line = self.padded.shape[2:4]
+        out[...] = 0
+        for task, images, q in self.blocks():
+            spread = np.zeros((len(q) // (height * line), height, line, u.shape[-1]), u.dtype)
+            spread[:, : height - 2, : line - 2] = u[task, images]
+            m = len(q) - 2 * line
+            spread = spread.reshape(-1, u.shape[-1])[:m]
+            total = out if out.ndim == 2 else out[task]
+            for part, i in zip(np.split(total, 3), range(3)):
+                part += q[i * line : i * line + m].T @ spread
+        return out
+
+
 def _same(size, stride):
     """TensorFlow's "SAME" padding for three taps: -> output size, zeros before, zeros after."""
     out = -(-size // stride)
@@ -469,9 +562,8 @@ class PooledBatchNorm:
     def forward(self, beta, x):
         tasks, n, h, w, c = shape = x.shape
         x = x.reshape(tasks, -1, c)
-        mean = _mean(x)
-        x = x - mean
-        r = 1 / np.sqrt(_mean(x * x) + x.dtype.type(0.001))
+        x = np.subtract(x, _mean(x), out=x)  # the convolution's output, which nobody else reads
+        r = 1 / np.sqrt(_dot(x, x) / x.shape[1] + x.dtype.type(0.001))
         pool = _Pool(x.reshape(shape))
         m = pool.out.reshape(tasks, -1, c)
         count = h * w * n
@@ -481,27 +573,31 @@ class PooledBatchNorm:
             u = u.reshape(m.shape)
             total = _sum(u)
             g[...] = total[:, 0]
-            mu = total / count
-            q = _sum(u * m) * (r * r / count)
+            q = _dot(u, m) * (r * r / count)
             below = pool.scatter(u.reshape(size)).reshape(x.shape)
-            below = r * (below - mu - x * q)
+            below -= x * q
+            below -= total / count
+            below *= r
 
             def tangent(v, dx):
                 dx = dx.reshape(x.shape)
                 dx = dx - _mean(dx)
                 dm = pool.gather(dx.reshape(shape)).reshape(m.shape)
-                e = _mean(dx * x) * (r * r)
-                dr = -r * e
-                d_out = r * dm + dr * m
+                e = _dot(dx, x) * (r * r / count)
+                d_out = r * (dm - e * m)
 
                 def finish(du, h):
                     du = du.reshape(m.shape)
                     total = _sum(du)
                     h[...] = total[:, 0] if h.ndim == 2 else total.sum(axis=(0, 1))
-                    dq = (_sum(du * m) + _sum(u * dm)) * (r * r / count)
-                    dq -= 2 * e * q
+                    dq = (_dot(du, m) + _dot(u, dm)) * (r * r / count) - 2 * e * q
                     d_below = pool.scatter(du.reshape(size)).reshape(x.shape)
-                    return (r * (d_below - total / count - dx * q - x * dq) - e * below).reshape(shape)
+                    d_below -= dx * q
+                    d_below -= x * dq
+                    d_below -= total / count
+                    d_below *= r
+                    d_below -= e * below
+                    return d_below.reshape(shape)
 
                 return (d_out + v[:, None]).reshape(size), finish
 
