@@ -976,7 +976,7 @@ def dask_client(address):
             f"--scheduler {address}: no scheduler answers ({reason}); start one with dask scheduler"
         )
     for module in (nets, tasks, sys.modules[__name__]):
-        client.upload_file(module.__file__)
+        client.upload_file(module.__file__, load=False)
     client.run(one_blas_thread)
     return client
 
