@@ -362,8 +362,38 @@ def test_recursion_equals_definition_and_finite_differences(p, array, steps):
         found = maml.meta_gradient(loss, *args)
         assert error(found[0], value) < 1e-11
         assert error(found[1], expected) < 1e-9
+    found = maml.meta_gradient_recomputed(p.loss, *args)
+    assert error(found[0], value) < 1e-11 and error(found[1], expected) < 1e-9
     through_products = grad(lambda theta: maml.meta_loss(p.loss, theta, *args[1:]))(p.theta)
     assert error(through_products, expected) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "pool, shape, steps", [(False, (7, 6, 1), 1), (False, (6, 6, 3), 5), (True, (17, 18, 3), 3)]
+)
+def test_convolutional_meta_gradient_equals_the_definition(pool, shape, steps):
+    """Two ways, one example a class, through batch norm and pooling; the shifts are not adapted."""
+    rng = np.random.default_rng(steps)
+    network = nets.convnet(shape, 2, filters=3, pool=pool)
+    loss, theta, alpha = (
+        nets.cross_entropy(network),
+        network.init(rng, np.float64),
+        np.full(network.size, 0.1),
+    )
+    for name, view in network.unflatten(alpha).items():
+        view[...] *= not name.startswith("beta")
+    support, query = ((rng.random((2, n, *shape)), np.tile(np.eye(2), (2, n // 2, 1))) for n in (2, 4))
+    value, expected = maml.meta_gradient_by_definition(loss, theta, support, query, alpha, steps)
+    for recursion in (maml.meta_gradient, maml.meta_gradient_recomputed):
+        found = recursion(loss, theta, support, query, alpha, steps)
+        assert error(found[0], value) < 1e-11 and error(found[1], expected) < 1e-8
+    first = maml.meta_gradient(loss, theta, support, query, alpha, steps, order=1)[1]
+    adapted = maml.adapt(hidden(loss), theta, support, alpha, steps)
+    assert error(first, maml.gradient(hidden(loss), adapted, *query).mean(axis=0)) < 1e-8
+    assert error(first, expected) > 1e-4
+    single = [tuple(array.astype(np.float32) for array in pair) for pair in (support, query)]
+    rough = maml.meta_gradient(loss, theta.astype(np.float32), *single, alpha.astype(np.float32), steps)[1]
+    assert rough.dtype == np.float32 and error(rough, expected) < 1e-3
 
 
 @given(problems(steps=2))
@@ -557,6 +587,21 @@ def test_memory_grows_by_what_a_step_keeps():
     kept = 2 * 25 * 1761 + 25 * 10 * (2 + 4 * 40 + 2 * 41 + 4 * 40 + 2)  # theta, gradient; a, mask, u a layer
     assert (peak(100) - peak(10)) / 90 < 4 * kept * 1.1
     assert peak(100) < 200e6
+
+
+def test_recomputed_memory_hardly_grows_with_the_steps():
+    rng = np.random.default_rng(0)
+    loss = nets.cross_entropy(network := nets.convnet((28, 28, 1), 5, filters=16))
+    theta, batch = network.init(rng), tasks.few_shot(rng, rng.random((6, 4, 28, 28, 1)), 1, 5, 2, 2)
+
+    def peak(steps):
+        tracemalloc.start()
+        maml.meta_gradient_recomputed(loss, theta, *batch, 0.1, steps)
+        bytes_ = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return bytes_
+
+    assert peak(10) < 1.3 * peak(1)
 
 
 def test_diverged_tasks_are_counted_and_kept_in_the_mean():
@@ -1348,6 +1393,7 @@ BAD = [
     ("--evaluate extra.npz", "not a whole checkpoint"),
     ("--evaluate endless.npz", "not a whole checkpoint"),
     ("--evaluate negative.npz", "its iteration is -1"),
+    ("--evaluate bomb.npz", "it is compressed"),
     ("--resume good.npz --iterations 50 --log afile", "not the log of this run"),
     ("--resume good.npz --iterations 50 --log empty", "not the log of this run"),
     ("--resume nowhere/a.npz", "nowhere/a.npz"),
@@ -1369,6 +1415,7 @@ def files(tmp_path_factory):
     checkpoint(str(folder / "extra.npz"), settings={"help": ""})
     checkpoint(str(folder / "endless.npz"), iteration=np.array(np.inf))
     checkpoint(str(folder / "negative.npz"), iteration=np.array(-1))
+    np.savez_compressed(folder / "bomb.npz", **arrays(good) | {"theta": np.zeros(10**7, np.float32)})
     checkpoint(str(folder / "shape.npz"), theta=np.ones(5, np.float32))
     checkpoint(str(folder / "dtype.npz"), theta=np.ones(1761))
     return folder
