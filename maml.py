@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import zipfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -833,7 +834,7 @@ def build_parser():
         metavar="K",
         help="support sizes to evaluate at (default: sinusoid 5 10 20, else --shots)",
     )
-    add_worker_flags(parser)
+    add_worker_flags(parser, "compute the chunks of an image meta-batch (default: a thread for each core)")
     parser.add_argument("--net", choices=("conv", "mlp"), help="of images (default: conv)")
     which.add_argument(
         "--first-order", dest="method", action="store_const", const="fomaml", help="--method fomaml"
@@ -847,14 +848,14 @@ def build_parser():
     return parser
 
 
-def add_worker_flags(parser):
+def add_worker_flags(parser, what):
     """Who computes the chunks of a meta-batch; the bits do not depend on it."""
     who = parser.add_mutually_exclusive_group()
     who.add_argument(
         "--workers",
         type=count,
         metavar="N",
-        help="processes that compute the chunks of an image meta-batch (default: a thread for each core)",
+        help=f"processes that {what}",
     )
     who.add_argument(
         "--scheduler",
@@ -946,20 +947,36 @@ def check_plottable(args, models):
 
 
 @contextmanager
-def workers_of(args):
+def workers_of(args, command):
     """The map that --workers or --scheduler asks for, or None; closed at the end."""
-    if getattr(args, "workers", None):
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.workers, spawn, initializer=one_blas_thread) as pool:
-            yield partial(_pool_map, pool, args.workers)
-    elif getattr(args, "scheduler", None):
-        with dask_client(args.scheduler) as client:
+    if args.workers:
+        with process_pool(args.workers) as pool:
+            yield partial(pool_map, pool, args.workers)
+    elif args.scheduler:
+        with dask_client(args.scheduler, command) as client:
             yield partial(_dask_map, client)
     else:
         yield None
 
 
-def _pool_map(pool, workers, function, *columns):
+def process_pool(workers):
+    """An executor of so many processes, with a BLAS thread each; Ctrl-C is their parent's to answer."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+
+def _start_worker():
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    np.seterr(all="ignore")
+    one_blas_thread()
+
+
+def _die_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def pool_map(pool, workers, function, *columns):
     """pool.map with one parcel a worker, so that theta travels once to each."""
     columns = [list(column) for column in columns]
     return pool.map(function, *columns, chunksize=-(-len(columns[0]) // workers))
@@ -979,7 +996,7 @@ class WorkerLost(Exception):
     """Dask gave a chunk up after several workers died of it."""
 
 
-def dask_client(address):
+def dask_client(address, command):
     """A client of the scheduler there, whose workers have been sent this project's modules."""
     try:
         from distributed import Client
@@ -992,8 +1009,8 @@ def dask_client(address):
         raise Unusable(
             f"--scheduler {address}: no scheduler answers ({reason}); start one with dask scheduler"
         )
-    for module in (nets, tasks, sys.modules[__name__]):
-        client.upload_file(module.__file__, load=False)
+    for name in dict.fromkeys(("nets", "tasks", __name__, command.settings_of.__module__)):
+        client.upload_file(sys.modules[name].__file__, load=False)
     client.run(one_blas_thread)
     return client
 
@@ -1011,7 +1028,7 @@ class Command(NamedTuple):
 
 def run(args, command):
     """The command: -> exit code."""
-    with workers_of(args) as map:
+    with workers_of(args, command) as map:
         return run_on(args, command, map)
 
 

@@ -70,8 +70,8 @@ class Locomotion:
 
     and the ant is done where its state is not finite or its torso's height not within [0.2, 1.0]. A step is
     `frame_skip` physics steps, of 0.01 s (cheetah) or 0.02 s (ant). A trajectory that is done stays as it is.
-    Bodies: gymnasium's half_cheetah.xml and ant.xml. Each trajectory has a simulation of its own, so that the
-    solver starts from its own last solution; they are spread over threads.
+    Bodies: gymnasium's half_cheetah.xml and ant.xml. One simulation serves all trajectories in turn; a row of
+    `states` is what it needs of one: position, velocity, the solver's last solution (its start), control.
     """
 
     horizon = 200
@@ -86,82 +86,74 @@ class Locomotion:
         if self.ant:
             self.model.opt.timestep = 0.02
         self.actions = self.model.nu
-        self.simulations = [self.mujoco.MjData(self.model) for _ in range(self.goals.size)]
-        self.controls = [simulation.ctrl for simulation in self.simulations]  # views, as all below
-        self.parts = [self._parts(simulation) for simulation in self.simulations]
-        ends = np.cumsum([0] + [part.size for part in self.parts[0]])
-        self.cuts = [slice(*pair) for pair in zip(ends, ends[1:])]
-        self.rows = np.empty((self.goals.size, ends[-1]))
+        self.simulation = simulation = self.mujoco.MjData(self.model)
+        names = "QPOS", "QVEL", "WARMSTART", "CTRL"
+        self.kept = sum(getattr(self.mujoco.mjtState, f"mjSTATE_{name}").value for name in names)
+        self.states = np.zeros((self.goals.size, self.mujoco.mj_stateSize(self.model, self.kept)))
+        # Views of what else an observation is made of, and of the x velocity of the centre of mass.
+        parts = [simulation.cfrc_ext.reshape(-1), simulation.xmat[1]] if self.ant else []
+        self.parts = [*parts, simulation.subtree_com[1], simulation.subtree_linvel[1, :1]]
+        ends = np.cumsum([0] + [part.size for part in self.parts])
+        self.seen = np.zeros((self.goals.size, ends[-1]))
+        seen = [self.seen[:, i:j] for i, j in zip(ends, ends[1:])]
+        self.rows = [*zip(self.states, *seen)]  # views of a trajectory's row of each
 
     def reset(self, rng):
-        model, count = self.model, len(self.simulations)
+        model, count = self.model, len(self.states)
         start = model.numeric("init_qpos").data if self.ant else model.qpos0
-        positions = start + 0.01 * rng.normal(size=(count, model.nq))
-        velocities = 0.1 * rng.normal(size=(count, model.nv))
-        for simulation, position, velocity in zip(self.simulations, positions, velocities):
-            self.mujoco.mj_resetData(model, simulation)
-            simulation.qpos, simulation.qvel = position, velocity
+        self.states[...] = 0
+        self.states[:, : model.nq] = start + 0.01 * rng.normal(size=(count, model.nq))
+        self.states[:, model.nq : model.nq + model.nv] = 0.1 * rng.normal(size=(count, model.nv))
         self.ended = np.zeros(count, bool)
         self._advance(range(count), steps=0)
         return self._observe()
 
     def step(self, actions):
-        a = np.clip(actions.reshape(len(self.simulations), -1), -1, 1).astype(float)
-        for control, row in zip(self.controls, a):
-            control[:] = row
-        parts = np.array_split(np.flatnonzero(~self.ended), os.cpu_count())
-        list(_threads().map(partial(self._advance, steps=self.frame_skip), parts))
-        goals, velocity, height = self.goals.ravel(), self.rows[:, -1], self.rows[:, 2]
+        a = np.clip(actions.reshape(len(self.states), -1), -1, 1).astype(float)
+        self.states[:, -self.actions :] = a
+        alive = ~self.ended
+        self._advance(np.flatnonzero(alive).tolist(), self.frame_skip)
+        goals, velocity, height = self.goals.ravel(), self.seen[:, -1], self.states[:, 2]
         reward = -np.abs(velocity - goals) if self.kind == "vel" else goals * velocity
         reward = reward - (0.005 if self.ant else 0.05) * (a * a).sum(axis=1)
-        reward = np.where(self.ended, 0, reward)
         if self.ant:
-            contacts = self._features()[:, 29:113]
-            bonus = 0.05 + (self.kind == "vel") - 0.0005 * (contacts * contacts).sum(axis=1)
-            reward = np.where(self.ended, 0, reward + bonus)
-            self.ended = self.ended | ~(np.isfinite(self.rows).all(axis=1) & (0.2 <= height) & (height <= 1))
+            contacts = np.clip(self.seen[:, :84], -1, 1)
+            reward += 0.05 + (self.kind == "vel") - 0.0005 * (contacts * contacts).sum(axis=1)
+            sound = np.isfinite(self.states).all(axis=1) & np.isfinite(self.seen).all(axis=1)
+            self.ended = self.ended | ~(sound & (0.2 <= height) & (height <= 1))
+        reward = np.where(alive, reward, 0)
         return self._observe(), reward.reshape(self.goals.shape), self.ended.reshape(self.goals.shape)
 
     def _advance(self, which, steps):
-        """Steps some of the simulations and copies what is read of each to its row."""
-        model, step, settle = self.model, self.mujoco.mj_step, self._settle
-        for i in which:
-            if steps:
-                step(model, self.simulations[i], steps)
-            settle(self.simulations[i])
-            row = self.rows[i]
-            for cut, part in zip(self.cuts, self.parts[i]):
-                row[cut] = part
+        """Steps some of the trajectories and settles what depends on position and velocity at the end.
 
-    def _parts(self, simulation):
-        """Views of what an observation is made of, and of the x velocity of the centre of mass."""
-        arrays = [simulation.qpos, simulation.qvel]
+        mj_step leaves that of its last step's start behind.
+        """
+        mujoco, model, simulation, kept = self.mujoco, self.model, self.simulation, self.kept
         if self.ant:
-            arrays += [simulation.cfrc_ext.reshape(-1), simulation.xmat[1]]
-        return [*arrays, simulation.subtree_com[1], simulation.subtree_linvel[1, :1]]
-
-    def _settle(self, simulation):
-        """What depends on position and velocity, at the end of the step: mj_step leaves that of its start."""
-        mujoco, model = self.mujoco, self.model
-        if self.ant:
-            mujoco.mj_forward(model, simulation)
-            mujoco.mj_rnePostConstraint(model, simulation)
+            settle = mujoco.mj_forward, mujoco.mj_rnePostConstraint, mujoco.mj_subtreeVel
         else:
-            mujoco.mj_kinematics(model, simulation)
-            mujoco.mj_comPos(model, simulation)
-            mujoco.mj_comVel(model, simulation)
-        mujoco.mj_subtreeVel(model, simulation)
-
-    def _features(self):
-        if not self.ant:
-            return self.rows[:, 1:-1]
-        return np.concatenate(
-            [self.rows[:, :29], np.clip(self.rows[:, 29:113], -1, 1), self.rows[:, 113:-1]], axis=1
-        )
+            settle = mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_comVel, mujoco.mj_subtreeVel
+        load, step, keep = mujoco.mj_setState, mujoco.mj_step, mujoco.mj_getState
+        for i in which:
+            state, *seen = self.rows[i]
+            load(model, simulation, state, kept)
+            if steps:
+                step(model, simulation, steps)
+                keep(model, simulation, state, kept)
+            for settled in settle:
+                settled(model, simulation)
+            for row, part in zip(seen, self.parts):
+                row[:] = part
 
     def _observe(self):
-        features = self._features().reshape(*self.goals.shape, -1)
-        return np.concatenate([features, self.goals[..., None]], axis=-1) if self.oracle else features.copy()
+        nq, nv = self.model.nq, self.model.nv
+        if self.ant:
+            parts = self.states[:, : nq + nv], np.clip(self.seen[:, :84], -1, 1), self.seen[:, 84:-1]
+        else:
+            parts = self.states[:, 1 : nq + nv], self.seen[:, :-1]
+        features = np.concatenate(parts, axis=1).reshape(*self.goals.shape, -1)
+        return np.concatenate([features, self.goals[..., None]], axis=-1) if self.oracle else features
 
 
 def _mujoco():
@@ -173,11 +165,6 @@ def _mujoco():
         raise maml.Unusable('locomotion needs MuJoCo; pip install "gymnasium[mujoco]"') from None
     mujoco.set_mju_user_warning(lambda _: None)  # which would write a file into the current folder
     return mujoco, os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets")
-
-
-@functools.cache
-def _threads():
-    return ThreadPoolExecutor(os.cpu_count())
 
 
 # The policy ------------------------------------------------------------------------------------
@@ -399,11 +386,11 @@ def inner_step(loss, alpha, theta, x, y):
 
 
 def expand_outer(loss, alpha, order, theta, hvps, x, y, mask):
-    """The outer problem around the old theta, summed over tasks: -> gradient [P], v ↦ Σ_i J_iᵀ F_i J_i v.
+    """The outer problem at the old theta, summed over tasks: -> loss, gradient [P], v ↦ Σ_i J_iᵀ F_i J_i v.
 
     theta [T, P] are the adapted parameters, hvps the inner steps' products in their order, (x, y) the steps
-    of the adapted policies. J u = (I - alpha H_S) ... (I - alpha H_1) u; order=1 takes J = I. The gradient is
-    that of minus the surrogate; F_i is a mean over the steps of a task.
+    of the adapted policies. J u = (I - alpha H_S) ... (I - alpha H_1) u; order=1 takes J = I. The loss is
+    minus the surrogate, where the ratio is 1; F_i is a mean over the steps of a task.
     """
     hvps = hvps if order == 2 else []
     out, backward = loss.network.forward(theta, x)
@@ -421,7 +408,8 @@ def expand_outer(loss, alpha, order, theta, hvps, x, y, mask):
             v = v - alpha * hvp(v)
         return transposed(backward(metric * tangent(v)[0])[0])
 
-    return transposed(g), product
+    _, weight = _halves(y)
+    return -weight[..., 0].sum(), transposed(g), product
 
 
 def surrogate(policy, loss, alpha, theta, supports, query, mask, old):
@@ -441,7 +429,7 @@ def surrogate(policy, loss, alpha, theta, supports, query, mask, old):
 
 
 def conjugate_gradient(product, b, iterations, tolerance=1e-10):
-    """x with product(x) = b, from 0, until |b - product(x)|² < tolerance: the residual is the recursion's."""
+    """x with product(x) = b, from 0, until |r|² < tolerance: -> x, r = b - product(x) by the recursion."""
     x, r, p = np.zeros_like(b), b, b
     rr = r @ r
     for _ in range(iterations):
@@ -452,28 +440,23 @@ def conjugate_gradient(product, b, iterations, tolerance=1e-10):
         if rr < tolerance:
             break
         p = r + rr / before * p
-    return x
+    return x, r
 
 
-def trust_region_step(theta, gradient, product, objective, max_kl, cg_steps, damping, ratio, tries):
+def trust_region_step(theta, value, gradient, product, objective, max_kl, cg_steps, damping, ratio, tries):
     """theta - ratio^j step, the first j = 0, 1, ... that lowers the loss within max_kl: -> theta, j, kl.
 
-    step = sqrt(2 max_kl / xᵀAx) x with A x = gradient, A = product + damping I; objective(theta) -> loss, kl.
-    Where no j < tries will do, theta stays and j = tries.
+    step = sqrt(2 max_kl / xᵀAx) x with A x = gradient, A = product + damping I. value is the loss at theta,
+    and objective(theta) -> loss, kl. Where no j < tries will do, theta stays and j = tries.
     """
-
-    def damped(v):
-        return product(v) + damping * v
-
-    x = conjugate_gradient(damped, gradient, cg_steps)
+    x, residual = conjugate_gradient(lambda v: product(v) + damping * v, gradient, cg_steps)
     if not np.isfinite(x).all():
         raise FloatingPointError("the natural gradient is not finite")
-    step = np.sqrt(2 * max_kl / (x @ damped(x) + 1e-8)).astype(x.dtype) * x
-    before = objective(theta)[0]
+    step = np.sqrt(2 * max_kl / (x @ (gradient - residual) + 1e-8)).astype(x.dtype) * x
     for j in range(tries):
         trial = theta - x.dtype.type(ratio**j) * step
         loss, divergence = objective(trial)
-        if loss < before and divergence <= max_kl:
+        if loss < value and divergence <= max_kl:
             return trial, j, divergence
     return theta, tries, 0.0
 
@@ -538,6 +521,7 @@ PAPER = {
     ("ant-dir", "maml"): ("8.7", "499.2", "500.7", "499.1"),
 }
 
+CHUNK = 10  # tasks whose trajectories are sampled at once
 VALIDATE_EVERY, VALIDATION_TASKS, VALIDATION_TRAJECTORIES = 5, 20, 20
 
 
@@ -546,6 +530,30 @@ class State(NamedTuple):
 
     theta: np.ndarray
     iteration: int
+
+
+def environment_of(settings, goals, trajectories):
+    """The environment that these settings name."""
+    oracle = settings["method"] == "oracle"
+    if settings["task"] == "navigation":
+        environment = Navigation(goals, trajectories, oracle)
+    else:
+        environment = Locomotion(settings["task"], goals, trajectories, oracle, settings["frame_skip"])
+    environment.horizon = settings["horizon"]
+    return environment
+
+
+def sampled(settings, policy, trajectories, goals, theta, seed):
+    """A chunk of tasks: -> Episodes, the targets y of their batch."""
+    environment = environment_of(settings, goals, trajectories)
+    episodes = rollout(environment, policy, theta, np.random.default_rng(seed))
+    return episodes, batch_of(episodes, settings["discount"], settings["lam"])[1]
+
+
+@functools.cache
+def processes():
+    """A pool of processes, one a core, for what holds Python's lock: started when first used."""
+    return maml.process_pool(os.cpu_count())
 
 
 class Experiment:
@@ -561,12 +569,18 @@ class Experiment:
         inputs += goal if self.method == "oracle" else 0
         self.policy = gaussian_policy(inputs, actions, (settings["hidden"],) * 2)
         self.loss = nets.Loss(self.policy, PolicyGradient())
-        self.map = ThreadPoolExecutor(os.cpu_count(), initializer=partial(np.seterr, all="ignore")).map
+        self.threads = ThreadPoolExecutor(os.cpu_count(), initializer=partial(np.seterr, all="ignore")).map
+        self.map = self.threads if settings["task"] == "navigation" else self.on_processes
         self.size = self.policy.size
+
+    @staticmethod
+    def on_processes(function, *columns):
+        """map on a process for each core: threads would wait for Python's lock between calls into MuJoCo."""
+        return maml.pool_map(processes(), os.cpu_count(), function, *columns)
 
     def open(self, _):
         """Finds out early what is missing."""
-        self.environment(self.goals(self.stream("test"), 1), 1)
+        environment_of(self.settings, self.goals(None, 1), 1)
 
     def stream(self, purpose):
         """The seed's generator for one purpose, so that all methods meet the same goals."""
@@ -576,7 +590,12 @@ class Experiment:
         return State(self.policy.init(self.stream("init"), self.settings["dtype"]), 0)
 
     def goals(self, rng, count):
-        """`count` tasks: positions in [-0.5, 0.5]², velocities, or directions -1 and 1."""
+        """`count` tasks: positions in [-0.5, 0.5]², velocities, or directions -1 and 1.
+
+        Where rng is None they are the authors' test tasks: NumPy's old generator from seed 1, for ant-dir 2.
+        """
+        if rng is None:
+            rng = np.random.RandomState(2 if self.settings["task"] == "ant-dir" else 1)  # noqa: NPY002
         task = self.settings["task"]
         if task == "navigation":
             return rng.uniform(-0.5, 0.5, (count, 2))
@@ -584,52 +603,56 @@ class Experiment:
         draws = rng.uniform(0, top, count)
         return draws if task.endswith("vel") else np.where(draws < top / 2, -1.0, 1.0)
 
-    def environment(self, goals, trajectories):
-        task, oracle = self.settings["task"], self.method == "oracle"
-        if task == "navigation":
-            environment = Navigation(goals, trajectories, oracle)
-        else:
-            environment = Locomotion(task, goals, trajectories, oracle, self.settings["frame_skip"])
-        environment.horizon = self.settings["horizon"]
-        return environment
+    def sample(self, goals, trajectories, theta, rng):
+        """A rollout of theta, [P] or a list of [1, P], in each task: -> Episodes, its batch task by task.
 
-    def sample(self, environment, theta, rng):
-        """A rollout of theta, [P] or a list of [1, P]: -> Episodes, its batch task by task."""
-        episodes = rollout(environment, self.policy, np.concatenate(theta), rng)
-        x, y = batch_of(episodes, self.settings["discount"], self.settings["lam"])
+        Chunks of tasks go to `map`, each with a generator of its own, so that the result does not depend on
+        who computes them.
+        """
+        cuts = [slice(start, start + CHUNK) for start in range(0, len(goals), CHUNK)]
+        seeds = rng.integers(2**63, size=len(cuts)).tolist()
+        one = partial(sampled, self.settings, self.policy, trajectories)
+        chunks = self.map(
+            one, [goals[cut] for cut in cuts], [np.concatenate(theta[cut]) for cut in cuts], seeds
+        )
+        episodes, targets = zip(*chunks)
+        episodes = Episodes(*map(np.concatenate, zip(*episodes)))
+        x, y = episodes.observations, np.concatenate(targets)
+        x = x.reshape(*y.shape[:2], -1)
         return episodes, [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
 
     def adapt(self, theta, batches, alpha):
         """The inner step of each task: -> theta' and the Hessian-vector products, lists over tasks."""
         step = partial(inner_step, self.loss, alpha)
-        return zip(*self.map(step, theta, *zip(*batches)))
+        return zip(*self.threads(step, theta, *zip(*batches)))
 
     def meta_iteration(self, theta, rng):
         """One outer update: -> theta, (return before, return after adaptation, KL, backtracks)."""
         s, alpha = self.settings, self.alpha
-        environment = self.environment(self.goals(rng, s["meta_batch"]), s["trajectories"])
+        task = self.goals(rng, s["meta_batch"]), s["trajectories"]
         adapted, supports, products = [theta[None]] * s["meta_batch"], [], []
-        episodes, batches = self.sample(environment, adapted, rng)
+        episodes, batches = self.sample(*task, adapted, rng)
         before = episodes.returns().mean()
         for _ in range(s["steps"]):
             adapted, hvps = self.adapt(adapted, batches, alpha)
             supports, products = [*supports, batches], [*products, hvps]
-            episodes, batches = self.sample(environment, adapted, rng)
+            episodes, batches = self.sample(*task, adapted, rng)
         after = episodes.returns().mean()
         masks = np.split(episodes.mask, len(batches))
-        olds = list(self.map(self.policy.apply, adapted, next(zip(*batches))))
+        olds = list(self.threads(self.policy.apply, adapted, next(zip(*batches))))
         supports, products = ([*zip(*rows)] or [()] * len(batches) for rows in (supports, products))
 
         expand = partial(expand_outer, self.loss, alpha, s["order"])
-        outer = list(self.map(expand, adapted, products, *zip(*batches), masks))
-        gradient = sum(g for g, _ in outer) / len(outer)
+        outer = list(self.threads(expand, adapted, products, *zip(*batches), masks))
+        values, gradients, outer_products = zip(*outer)
+        value, gradient = sum(values) / len(outer), sum(gradients) / len(outer)
 
         def product(v):
-            return sum(self.map(lambda pair: pair[1](v), outer)) / len(outer)
+            return sum(self.threads(lambda one: one(v), outer_products)) / len(outer)
 
         def objective(trial):
             one = partial(surrogate, self.policy, self.loss, alpha, trial)
-            return np.concatenate([*self.map(one, supports, batches, masks, olds)], axis=1).mean(axis=1)
+            return np.concatenate([*self.threads(one, supports, batches, masks, olds)], axis=1).mean(axis=1)
 
         if not (np.isfinite([before, after]).all() and np.isfinite(gradient).all()):
             raise FloatingPointError(
@@ -637,7 +660,7 @@ class Experiment:
             )
         names = "max_kl", "cg_steps", "damping", "backtrack", "tries"
         theta, tries, divergence = trust_region_step(
-            theta, gradient, product, objective, *(s[name] for name in names)
+            theta, value, gradient, product, objective, *(s[name] for name in names)
         )
         return theta, (before, after, divergence, tries)
 
@@ -674,10 +697,10 @@ class Experiment:
         The first step has size alpha, the others alpha · shrink. The oracle is not adapted.
         """
         rng = self.stream(purpose)
-        environment = self.environment(self.goals(rng, count), trajectories)
+        goals = self.goals(None if purpose == "test" else rng, count)
         adapted, rows = [theta[None]] * count, []
         for step in range(steps + 1):
-            episodes, batches = self.sample(environment, adapted, rng)
+            episodes, batches = self.sample(goals, trajectories, adapted, rng)
             rows.append(episodes.returns().astype(float))
             if self.method == "oracle":
                 break
@@ -736,6 +759,7 @@ def build_parser():
         parser.add_argument(
             flag, type=kind, choices=choices, metavar=metavar, help=f"{text} (default: {usual}{others})"
         )
+    maml.add_worker_flags(parser, "sample the trajectories (default: a thread or process for each core)")
     maml.add_common_flags(parser, Experiment)
     return parser
 
@@ -810,11 +834,10 @@ def plot(models, curves, path):
     )
     for row, (experiment, learned) in enumerate(drawn):
         rng, s = experiment.stream("test"), experiment.settings
-        goals = experiment.goals(rng, 3)
-        environment = experiment.environment(goals, s["trajectories"])
+        goals = experiment.goals(None, 3)
         adapted, kept = [learned[None]] * 3, []
         for _ in range(2):
-            episodes, batches = experiment.sample(environment, adapted, rng)
+            episodes, batches = experiment.sample(goals, s["trajectories"], adapted, rng)
             kept.append(episodes)
             adapted, _ = experiment.adapt(adapted, batches, experiment.alpha)
         for column, goal in enumerate(goals):
@@ -846,4 +869,6 @@ def plot(models, curves, path):
 COMMAND = maml.Command("rl.py", build_parser, settings_of, Experiment, report, "--alpha or --max-kl")
 
 if __name__ == "__main__":
-    sys.exit(maml.main(command=COMMAND))
+    import rl  # by this name workers find what they are sent
+
+    sys.exit(maml.main(command=rl.COMMAND))

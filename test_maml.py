@@ -1821,9 +1821,10 @@ class Policies:
         return anp.mean(one, axis=1)
 
     def outer(self, order=2):
-        g, product = rl.expand_outer(
+        value, g, product = rl.expand_outer(
             self.loss, 0.1, order, self.adapted, self.hvps, *self.batches[-1], self.masks[-1]
         )
+        assert abs(value / len(self.adapted) - self.objective(self.theta)[0]) < 1e-12
         return g / len(self.adapted), lambda v: product(v) / len(self.adapted)
 
 
@@ -1959,7 +1960,8 @@ def gymnasium_alone(environment, actions):
     alone = gymnasium.make("Ant-v5" if environment.ant else "HalfCheetah-v5", frame_skip=1).unwrapped
     alone.reset(seed=0)
     alone.model.opt.timestep = environment.model.opt.timestep
-    alone.set_state(environment.simulations[1].qpos.copy(), environment.simulations[1].qvel.copy())
+    start = environment.states[1, : alone.model.nq + alone.model.nv]
+    alone.set_state(*np.split(start, [alone.model.nq]))
     alone.data.qacc_warmstart[:] = 0
     states = []
     for action in actions:
@@ -1984,7 +1986,7 @@ def test_locomotion_equals_gymnasium_and_pays_the_authors_rewards(name):
         observation, reward, ended = environment.step(action)
         if before.any():
             break
-        simulation, model = environment.simulations[1], environment.model
+        simulation, model = environment.simulation, environment.model  # last of all it was trajectory 1
         state = np.concatenate([simulation.qpos, simulation.qvel])
         assert np.array_equal(state, alone[t])
         moved, h = mujoco.MjData(model), 1e-6
@@ -2011,7 +2013,7 @@ def test_an_ant_that_has_ended_stays_as_it_is_and_is_paid_nothing():
     pytest.importorskip("mujoco", reason='needs "gymnasium[mujoco]"')
     environment = rl.Locomotion("ant-dir", [1.0], 2, oracle=True)
     environment.reset(np.random.default_rng(0))
-    environment.simulations[0].qpos[2] = 1.5
+    environment.states[0, 2] = 1.5
     _, first, done = environment.step(np.zeros((1, 2, 8)))
     seen, second, _ = environment.step(np.ones((1, 2, 8)))
     assert done.tolist() == [[True, False]] and first[0, 0] != 0 and second[0, 0] == 0 != second[0, 1]
@@ -2046,13 +2048,18 @@ def test_conjugate_gradient_solves_and_the_line_search_keeps_theta_where_nothing
     rng = np.random.default_rng(0)
     root = rng.normal(size=(6, 6))
     matrix, b = root @ root.T + np.eye(6), rng.normal(size=6)
-    assert error(rl.conjugate_gradient(lambda v: matrix @ v, b, 6, 0), np.linalg.solve(matrix, b)) < 1e-9
+    x, residual = rl.conjugate_gradient(lambda v: matrix @ v, b, 6, 0)
+    assert error(x, np.linalg.solve(matrix, b)) < 1e-9 > np.linalg.norm(residual)
+    x, residual = rl.conjugate_gradient(lambda v: matrix @ v, b, 3)
+    assert error(residual, b - matrix @ x) < 1e-9
     constants = 0.02, 6, 0.0, 0.5, 4
     theta, j, kl = rl.trust_region_step(
-        np.zeros(6), b, lambda v: matrix @ v, lambda x: (b @ x, x @ matrix @ x / 2), *constants
+        np.zeros(6), 0.0, b, lambda v: matrix @ v, lambda x: (b @ x, x @ matrix @ x / 2), *constants
     )
     assert j in (0, 1) and b @ theta < 0 and error(kl, 0.02 / 4**j) < 1e-6
-    theta, j, kl = rl.trust_region_step(np.ones(6), b, lambda v: matrix @ v, lambda x: (0.0, 0.0), *constants)
+    theta, j, kl = rl.trust_region_step(
+        np.ones(6), 0.0, b, lambda v: matrix @ v, lambda x: (0.0, 0.0), *constants
+    )
     assert (theta == 1).all() and (j, kl) == (4, 0)
 
 
