@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python bench.py [images]`: hot paths beside their definitions, and beside PyTorch and JAX where installed.
+"""`python bench.py [images | rl | scaling]`: hot paths beside their definitions, PyTorch and JAX.
 
 Equality is asserted before anything is timed. All sides are float32 and free to use all cores. The sides
 of a row take turns, in blocks of calls, and each shows the median of its blocks, so that a machine whose
@@ -13,10 +13,13 @@ import sys
 import time
 from functools import partial
 
+import autograd.numpy as anp
 import numpy as np
+from autograd import grad, make_vjp
 
 import maml
 import nets
+import rl
 import tasks
 
 
@@ -272,6 +275,178 @@ def torch_image_sides(network, pool, theta, support, query, alpha, steps):
     return {"torch.func": mapped, "torch loop": looped}
 
 
+def loops_rollout(policy, theta, goals, trajectories, rng):
+    """`rl.rollout` of navigation as plain loops: one point, one step at a time."""
+    episodes = rl.Episodes(
+        *(np.zeros((len(goals), trajectories, 100, *n), np.float32) for n in ((2,), (2,), (), ()))
+    )
+    for i, goal in enumerate(goals):
+        for j in range(trajectories):
+            position = np.zeros(2)
+            for t in range(100):
+                out = policy.apply(theta[i : i + 1], position.astype(np.float32)[None, None])[0, 0]
+                action = out[:2] + np.exp(out[2:]) * rng.standard_normal(2, np.float32)
+                moved = position + np.clip(0.1 * action, -0.1, 0.1)
+                reward = -np.hypot(*(moved - goal))
+                for array, value in zip(episodes, (position, action, reward, 1)):
+                    array[i, j, t] = value
+                position = moved
+                if (np.abs(position - goal) < 0.01).all():
+                    break
+    return episodes
+
+
+def loops_baseline(observations, targets, mask):
+    """`rl.baseline` as one least-squares problem a task."""
+    values = np.zeros_like(targets)
+    for i, phi in enumerate(rl.features(observations)):
+        kept = mask[i] == 1
+        rows, y = phi[kept], targets[i][kept]
+        ridge = np.sqrt(1e-5) * np.eye(rows.shape[1])
+        w = np.linalg.lstsq(np.vstack([rows, ridge]), np.append(y, np.zeros(len(ridge))), rcond=None)[0]
+        values[i][kept] = rows @ w
+    return values
+
+
+def outer_step(experiment, theta, samples, problem):
+    """A navigation meta-iteration with other ways to sample and to differentiate: -> theta."""
+    s, count = experiment.settings, experiment.settings["meta_batch"]
+    support = samples(theta + np.zeros((count, 1), np.float32))
+    adapted = theta - experiment.alpha * experiment.loss.grad(theta, *support[1])
+    query = samples(adapted)
+    old = experiment.policy.forward(adapted, query[1][0])[0]
+    constants = (s[name] for name in ("max_kl", "cg_steps", "damping", "backtrack", "tries"))
+    start = np.float32(-query[1][1][..., -1].sum() / count)
+    return rl.trust_region_step(theta, start, *problem(experiment, theta, support, query, old), *constants)[0]
+
+
+def by_autograd(experiment, theta, support, query, old):
+    """The outer problem by definition: autograd through `rl.surrogate`, and twice through its KL."""
+    plain = lambda *data: experiment.loss(*data)  # noqa: E731
+
+    def objective(theta):
+        one = rl.surrogate(
+            experiment.policy, plain, experiment.alpha, theta, [support[1]], query[1], query[0].mask, old
+        )
+        return anp.mean(one, axis=1)
+
+    slope = grad(lambda theta: objective(theta)[1])
+    product = make_vjp(slope)(theta)[0]  # the Hessian is symmetric
+    return grad(lambda theta: objective(theta)[0])(theta), product, objective
+
+
+def by_torch(experiment, theta, support, query, old):
+    """The outer problem in PyTorch, all tasks at once: create_graph, and double backpropagation of the KL."""
+    shapes, count = experiment.policy.shapes, len(old)
+    sx, sy, qx, qy, old, mask = (torch.from_numpy(a) for a in (*support[1], *query[1], old, query[0].mask))
+    share = (mask / mask.sum((1, 2), keepdim=True)).reshape(count, -1)
+
+    def policy(theta, x):
+        arrays, start = [], 0
+        for shape in shapes.values():
+            stop = start + int(np.prod(shape))
+            arrays.append(theta[:, start:stop].reshape(-1, *shape))
+            start = stop
+        for i in (0, 2, 4):
+            x = torch.baddbmm(arrays[i + 1][:, None], torch.relu(x) if i else x, arrays[i])
+        return x, arrays[6].clamp(min=rl.LOWEST)[:, None]
+
+    def log_likelihood(out, action):
+        mean, log_std = out
+        return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
+
+    def losses(theta):
+        each = theta.expand(count, -1)
+        inner = -(sy[..., 2] * log_likelihood(policy(each, sx), sy[..., :2])).sum()
+        each = each - experiment.alpha * torch.autograd.grad(inner, each, create_graph=True)[0]
+        mean, log_std = new = policy(each, qx)
+        m0, l0 = old[..., :2], old[..., 2:]
+        ratio = (log_likelihood(new, qy[..., :2]) - log_likelihood((m0, l0), qy[..., :2])).exp()
+        kl = log_std - l0 + 0.5 * ((2 * l0).exp() + (m0 - mean) ** 2) * (-2 * log_std).exp() - 0.5
+        return -(ratio * qy[..., 2]).sum() / count, (share * kl.sum(-1)).sum() / count
+
+    start = torch.from_numpy(theta).requires_grad_()
+    loss, kl = losses(start)
+    gradient = torch.autograd.grad(loss, start, retain_graph=True)[0].numpy()
+    (slope,) = torch.autograd.grad(kl, start, create_graph=True)
+
+    def product(v):
+        return torch.autograd.grad(slope @ torch.from_numpy(v), start, retain_graph=True)[0].numpy()
+
+    def objective(theta):
+        return [value.item() for value in losses(torch.from_numpy(theta).requires_grad_())]
+
+    return gradient, product, objective
+
+
+def by_recursion(experiment, theta, support, query, old):
+    """The gradient and the product of `rl.Experiment.meta_iteration`, of all tasks at once."""
+    adapted, hvp = rl.inner_step(experiment.loss, experiment.alpha, theta, *support[1])
+    _, gradient, product = rl.expand_outer(
+        experiment.loss, experiment.alpha, 2, adapted, [hvp], *query[1], query[0].mask
+    )
+    return gradient / len(old), lambda v: product(v) / len(old), None
+
+
+def reinforcement():
+    columns = "loops, autograd", "torch"
+    header(columns)
+    for hidden in (64, 100):
+        words = ["--task", "navigation", "--hidden", str(hidden)]
+        experiment = rl.Experiment(rl.settings_of(rl.build_parser().parse_args(words)))
+        policy, count, trajectories = experiment.policy, 20, 20
+        rng = np.random.default_rng(0)
+        theta, goals = policy.init(rng), experiment.goals(rng, count)
+        theta += rng.normal(0, 0.1, theta.shape).astype(np.float32)  # at the origin all units are at the kink
+        each = theta + np.zeros((count, 1), np.float32)
+
+        def at_once(theta):
+            return rl.rollout(rl.Navigation(goals, trajectories), policy, theta, rng)
+
+        def in_loops(theta):
+            return loops_rollout(policy, theta, goals, trajectories, rng)
+
+        def samples(rollout, theta):
+            episodes = rollout(theta)
+            return episodes, rl.batch_of(episodes, 0.99, 1.0)
+
+        if hidden == 64:
+            still = each.copy()
+            policy.unflatten(still)["log_std"][:] = -30  # no noise, so that the two can be compared
+            assert_equal(at_once(still).observations, in_loops(still).observations)
+            sides = {"ours": partial(at_once, each), columns[0]: partial(in_loops, each)}
+            row("rollout, 20 tasks × 20 × 100 steps", sides, columns, blocks=3)
+            episodes = at_once(each)
+            data = episodes.observations, rl.discounted(episodes.rewards, 0.99), episodes.mask
+            sides = {"ours": partial(rl.baseline, *data), columns[0]: partial(loops_baseline, *data)}
+            assert_equal(*(side() for side in sides.values()))
+            row("baseline, 20 tasks", sides, columns)
+
+        support = samples(at_once, each)
+        adapted = theta - experiment.alpha * experiment.loss.grad(theta, *support[1])
+        query = samples(at_once, adapted)
+        plain = lambda *data: experiment.loss(*data)  # noqa: E731
+        v = rng.standard_normal(each.shape, np.float32)
+        ours, definition = (maml.expand(loss, each, *support[1])[2] for loss in (experiment.loss, plain))
+        sides = {"ours": partial(ours, v), columns[0]: partial(definition, v)}
+        assert_equal(*(side() for side in sides.values()))
+        row(f"policy's H v, {hidden}-{hidden}, 20 tasks", sides, columns, blocks=3)
+
+        ways = {"ours": by_recursion, columns[0]: by_autograd} | ({"torch": by_torch} if torch else {})
+        old = policy.forward(adapted, query[1][0])[0]
+        problems = [way(experiment, theta, support, query, old) for way in ways.values()]
+        for gradient, product, _ in problems[1:]:
+            assert_equal(gradient, problems[0][0])
+            assert_equal(product(v[0]), problems[0][1](v[0]))
+        del problems, ours, definition
+        step = partial(outer_step, experiment, theta)
+        sides = {
+            "ours": partial(experiment.meta_iteration, theta, rng),
+            columns[0]: partial(step, partial(samples, in_loops), by_autograd),
+        } | ({"torch": partial(step, partial(samples, at_once), by_torch)} if torch else {})
+        row(f"navigation meta-iteration, {hidden}-{hidden}", sides, columns, blocks=3)
+
+
 def header(columns):
     versions = [f"numpy {np.__version__}", *(f"{m.__name__} {m.__version__}" for m in (torch, jax) if m)]
     cpu = platform.processor() or platform.machine()
@@ -325,4 +500,8 @@ def sinusoids():
 
 if __name__ == "__main__":
     maml.one_blas_thread()  # as the command does; PyTorch and JAX have thread pools of their own
-    images() if sys.argv[1:] == ["images"] else sinusoids()
+    parts = {"": sinusoids, "images": images, "rl": reinforcement, "scaling": sinusoids}
+    name = "".join(sys.argv[1:2])
+    if name not in parts:
+        sys.exit(f"bench.py: {name!r} is none of images, rl, scaling")
+    parts[name]()

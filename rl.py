@@ -570,7 +570,7 @@ class Experiment:
         self.policy = gaussian_policy(inputs, actions, (settings["hidden"],) * 2)
         self.loss = nets.Loss(self.policy, PolicyGradient())
         self.threads = ThreadPoolExecutor(os.cpu_count(), initializer=partial(np.seterr, all="ignore")).map
-        self.map = self.threads if settings["task"] == "navigation" else self.on_processes
+        self.map = map if settings["task"] == "navigation" else self.on_processes
         self.size = self.policy.size
 
     @staticmethod
@@ -759,7 +759,9 @@ def build_parser():
         parser.add_argument(
             flag, type=kind, choices=choices, metavar=metavar, help=f"{text} (default: {usual}{others})"
         )
-    maml.add_worker_flags(parser, "sample the trajectories (default: a thread or process for each core)")
+    maml.add_worker_flags(
+        parser, "sample the trajectories (default: one process for each core; navigation, none)"
+    )
     maml.add_common_flags(parser, Experiment)
     return parser
 
