@@ -78,7 +78,7 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
     """
     alpha = _checked(theta, support, alpha, steps)
     theta, trail = unroll(loss, theta, support, alpha, steps)
-    value, v, _ = expand(loss, theta, *query)
+    value, v = value_and_gradient(loss, theta, *query)
     if order == 1 or not trail:
         return value.mean(), v.mean(axis=0)
     for _, hvp in trail[:0:-1]:
@@ -93,7 +93,7 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps):
     thetas = [theta]
     for _ in range(steps):
         thetas.append(thetas[-1] - alpha * gradient(loss, thetas[-1], *support))
-    value, v = expand(loss, thetas.pop(), *query)[:2]
+    value, v = value_and_gradient(loss, thetas.pop(), *query)
     while thetas:
         _, _, hvp = expand(loss, thetas.pop(), *support)
         v = v - hvp(alpha * v)
@@ -126,6 +126,13 @@ def expand(loss, theta, x, y):
     return loss(theta, x, y), g, lambda v, total=False: hvp(v).sum(axis=0) if total else hvp(v)
 
 
+def value_and_gradient(loss, theta, x, y):
+    """L [T] and ∇L [T, P]."""
+    if hasattr(loss, "value_and_grad"):
+        return loss.value_and_grad(theta, x, y)
+    return expand(loss, theta, x, y)[:2]
+
+
 def gradient(loss, theta, x, y):
     """∇L [T, P]: loss.grad, or autograd's (one task's loss does not depend on another's parameters)."""
     if hasattr(loss, "grad"):
@@ -143,7 +150,7 @@ def meta_sgd_gradient(loss, theta_alpha, support, query, steps):
     """
     theta, alpha = np.split(theta_alpha, 2)
     theta, trail = unroll(loss, theta, support, alpha, steps)
-    value, v, _ = expand(loss, theta, *query)
+    value, v = value_and_gradient(loss, theta, *query)
     d_alpha = np.zeros_like(v)
     for g, hvp in reversed(trail):
         d_alpha -= v * g

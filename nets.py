@@ -75,14 +75,10 @@ class Network:
         tangent(v)      v [T, P] -> J v [T, n, *outputs], finish
         finish(du, h)   -> h = Jᵀdu + (dJ)ᵀu, [T, P], or its sum over tasks where h is [P]
         """
-        x = self._checked(theta, x)
-        tasks, backwards = len(x), []
-        for layer, w in zip(self.layers, self._views(theta)):
-            x, back = layer.forward(w, x)
-            backwards.append(back)
+        out, backwards = self._forward(theta, x)
 
         def backward(u):
-            gradient, tangents = np.empty((tasks, self.size), theta.dtype), []
+            gradient, tangents = np.empty((len(x), self.size), theta.dtype), []
             for back, g in zip(reversed(backwards), reversed(self._views(gradient))):
                 u, forth = back(u, g)
                 tangents.append(forth)
@@ -102,7 +98,25 @@ class Network:
 
             return gradient, tangent
 
-        return x, backward
+        return out, backward
+
+    def pull(self, theta, x, derivative):
+        """Jᵀu [T, P] alone, u = derivative(outputs): `forward` and its backward, lighter in memory.
+
+        What a layer has kept is let go as soon as it has been read.
+        """
+        out, backwards = self._forward(theta, x)
+        u, gradient = derivative(out), np.empty((len(x), self.size), theta.dtype)
+        for g in reversed(self._views(gradient)):
+            u, _ = backwards.pop()(u, g)
+        return gradient
+
+    def _forward(self, theta, x):
+        x, backwards = self._checked(theta, x), []
+        for layer, w in zip(self.layers, self._views(theta)):
+            x, back = layer.forward(w, x)
+            backwards.append(back)
+        return x, backwards
 
     def _views(self, theta):
         """theta [P] or [T, P] -> the parameters of each layer as its closed form wants them."""
@@ -575,9 +589,11 @@ class PooledBatchNorm:
             g[...] = total[:, 0]
             q = _dot(u, m) * (r * r / count)
             below = pool.scatter(u.reshape(size)).reshape(x.shape)
-            below -= x * q
-            below -= total / count
-            below *= r
+            for rows in _rows(x):
+                part = below[:, rows]
+                part -= x[:, rows] * q
+                part -= total / count
+                part *= r
 
             def tangent(v, dx):
                 dx = dx.reshape(x.shape)
@@ -592,11 +608,13 @@ class PooledBatchNorm:
                     h[...] = total[:, 0] if h.ndim == 2 else total.sum(axis=(0, 1))
                     dq = (_dot(du, m) + _dot(u, dm)) * (r * r / count) - 2 * e * q
                     d_below = pool.scatter(du.reshape(size)).reshape(x.shape)
-                    d_below -= dx * q
-                    d_below -= x * dq
-                    d_below -= total / count
-                    d_below *= r
-                    d_below -= e * below
+                    for rows in _rows(x):
+                        part = d_below[:, rows]
+                        part -= dx[:, rows] * q
+                        part -= x[:, rows] * dq
+                        part -= total / count
+                        part *= r
+                        part -= e * below[:, rows]
                     return d_below.reshape(shape)
 
                 return (d_out + v[:, None]).reshape(size), finish
@@ -604,6 +622,12 @@ class PooledBatchNorm:
             return below.reshape(shape), tangent
 
         return (m * r + beta[..., None, :]).reshape(size), backward
+
+
+def _rows(x):
+    """Cuts of axis 1 whose numbers stay in the cache."""
+    size = max(1, (1 << 15) // x[:, 0].size)
+    return [slice(start, start + size) for start in range(0, x.shape[1], size)]
 
 
 class _Pool:
@@ -747,6 +771,18 @@ class Loss:
 
         return value, gradient, hvp
 
+    def value_and_grad(self, theta, x, y):
+        """-> value [T], ∇L [T, P]; keeps nothing for a product."""
+        value = None
+
+        def derivative(out):
+            nonlocal value
+            value, u, _ = self.output.expand(*_matching(out, y))
+            return u
+
+        gradient = self.network.pull(theta, x, derivative)
+        return value, gradient
+
     def grad_and_hvp(self, theta, x, y):
         """∇L [T, P] and v [T, P] ↦ H v [T, P], a closure over the gradient's passes."""
         return self.expand(theta, x, y)[1:]
@@ -762,7 +798,7 @@ class Loss:
 
 @primitive
 def _grad(loss, theta, x, y):
-    return loss.expand(theta, x, y)[1]
+    return loss.value_and_grad(theta, x, y)[1]
 
 
 defvjp(
