@@ -19,6 +19,7 @@ reverse, at the cost of two gradients and with no pass repeated.
 
 import itertools
 import math
+from functools import partial
 
 import autograd.numpy as anp
 import numpy as np
@@ -167,16 +168,12 @@ def convnet(shape, ways, filters=64, pool=False):
     layers = []
     for i in range(1, 5):
         if pool:
-            layers += [
-                (RowConv if i > 1 else Conv)(inputs, filters, f"conv{i}", stride=1, first=i == 1),
-                PooledBatchNorm(filters, f"beta{i}"),
-            ]
+            conv = RowConv if i > 1 else FirstConv
+            layers += [conv(inputs, filters, f"conv{i}", stride=1), PooledBatchNorm(filters, f"beta{i}")]
             height, width = height // 2, width // 2
         else:
-            layers += [
-                Conv(inputs, filters, f"conv{i}", stride=2, first=i == 1),
-                BatchNorm(filters, f"beta{i}"),
-            ]
+            conv = Conv if i > 1 else FirstConv
+            layers += [conv(inputs, filters, f"conv{i}", stride=2), BatchNorm(filters, f"beta{i}")]
         layers += [Relu()]
         inputs = filters
     if pool:
@@ -382,8 +379,8 @@ class Conv:
     closed form is out = a w with a = unfold(x), the patches of 3x3 pixels as rows; dL/dx = unfoldᵀ(u wᵀ).
     """
 
-    def __init__(self, inputs, outputs, name, stride, first=False):
-        self.stride, self.first = stride, first
+    def __init__(self, inputs, outputs, name, stride):
+        self.stride = stride
         self.shapes, self.view = {name: (3, 3, inputs, outputs)}, (9 * inputs, outputs)
 
     def init(self, rng):
@@ -400,24 +397,20 @@ class Conv:
 
     def forward(self, w, x):
         a, wt, stride, shape = _unfold(x, self.stride), w.swapaxes(-1, -2), self.stride, x.shape
-        out = _times(a, w)
-        out_shape = (*shape[:2], -(-shape[2] // stride), -(-shape[3] // stride), w.shape[-1])
+        rows, out_shape = (*a.shape[:2], w.shape[-1]), self._out_shape(w, x)
 
         def backward(u, g):
-            u = u.reshape(out.shape)
+            u = u.reshape(rows)
             _transposed_times(a, u, g)
 
             def tangent(v, dx):
+                da = _unfold(dx, stride)
                 d_out = _times(a, v)
-                if not self.first:
-                    da = _unfold(dx, stride)
-                    d_out += _times(da, w)
+                d_out += _times(da, w)
 
                 def finish(du, h):
-                    du = du.reshape(out.shape)
+                    du = du.reshape(rows)
                     _transposed_times(a, du, h)
-                    if self.first:
-                        return None
                     h += _transposed_times(da, u, np.empty_like(h))
                     below = _times(du, wt)
                     below += _times(u, v.swapaxes(-1, -2))
@@ -425,9 +418,32 @@ class Conv:
 
                 return d_out.reshape(out_shape), finish
 
-            return None if self.first else _fold(_times(u, wt), shape, stride), tangent
+            return _fold(_times(u, wt), shape, stride), tangent
 
-        return out.reshape(out_shape), backward
+        return _times(a, w).reshape(out_shape), backward
+
+    def _out_shape(self, w, x):
+        return (*x.shape[:2], *(-(-size // self.stride) for size in x.shape[2:4]), w.shape[-1])
+
+
+class FirstConv(Conv):
+    """Conv of the data: no gradient of x, whose patches, of large images the largest array, are made anew."""
+
+    def forward(self, w, x):
+        patches, shape = partial(_unfold, x, self.stride), self._out_shape(w, x)
+
+        def gradient(u, g):
+            return _transposed_times(patches(), u.reshape(len(x), -1, u.shape[-1]), g)
+
+        def backward(u, g):
+            gradient(u, g)
+
+            def tangent(v, _):
+                return _times(patches(), v).reshape(shape), lambda du, h: gradient(du, h)
+
+            return None, tangent
+
+        return _times(patches(), w).reshape(shape), backward
 
 
 class RowConv(Conv):
@@ -631,27 +647,26 @@ def _rows(x):
 
 
 class _Pool:
-    """Where the maxima of x's 2x2 blocks are, as weights that sum to one in a block."""
+    """Where the maxima of x's 2x2 blocks are: they share a block's gradient."""
 
     def __init__(self, x):
         self.shape = x.shape
         quads = self._quads(x)
         self.out = np.maximum(np.maximum(quads[0], quads[1]), np.maximum(quads[2], quads[3]))
-        masks = [(q == self.out).astype(x.dtype) for q in quads]
-        count = 1 / (masks[0] + masks[1] + masks[2] + masks[3])
-        self.masks = [mask * count for mask in masks]
+        self.masks = [q == self.out for q in quads]
+        self.share = 1 / np.add.reduce(self.masks, dtype=x.dtype)
 
     def _quads(self, x):
         h, w = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
         return [x[:, :, i:h:2, j:w:2] for i in range(2) for j in range(2)]
 
     def gather(self, x):
-        return sum(mask * q for mask, q in zip(self.masks, self._quads(x)))
+        return sum(mask * q for mask, q in zip(self.masks, self._quads(x))) * self.share
 
     def scatter(self, u):
-        x = np.zeros(self.shape, u.dtype)
+        x, u = np.zeros(self.shape, u.dtype), u * self.share
         for mask, q in zip(self.masks, self._quads(x)):
-            q[...] = mask * u
+            np.multiply(mask, u, out=q)
         return x
 
 
