@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python bench.py [images | rl | scaling]`: hot paths beside their definitions, PyTorch and JAX.
+"""`python bench.py [images | rl]`: hot paths beside their definitions, PyTorch and JAX.
 
 Equality is asserted before anything is timed. All sides are float32 and free to use all cores. The sides
 of a row take turns, in blocks of calls, and each shows the median of its blocks, so that a machine whose
@@ -500,8 +500,8 @@ def sinusoids():
 
 if __name__ == "__main__":
     maml.one_blas_thread()  # as the command does; PyTorch and JAX have thread pools of their own
-    parts = {"": sinusoids, "images": images, "rl": reinforcement, "scaling": sinusoids}
+    parts = {"": sinusoids, "images": images, "rl": reinforcement}
     name = "".join(sys.argv[1:2])
     if name not in parts:
-        sys.exit(f"bench.py: {name!r} is none of images, rl, scaling")
+        sys.exit(f"bench.py: {name!r} is neither images nor rl")
     parts[name]()
