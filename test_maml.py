@@ -1687,6 +1687,35 @@ def test_a_killed_worker_ends_the_run_with_one_line(folder, glyphs):
     assert "Traceback" not in stderr
 
 
+def test_rl_gives_the_same_bits_on_processes_and_they_end_with_their_parent(folder):
+    run = [sys.executable, HERE / "rl.py", *WALK, "--meta-batch", "12", "--eval-steps", "1"]
+    for name, words in (("none", []), ("one", ["--workers", "1"]), ("four", ["--workers", "4"])):
+        words = [*words, "--iterations", "2", "--save", name + ".npz"]
+        assert subprocess.run([*run, *words], capture_output=True).returncode == 0
+    a, b, c = (arrays(f"{name}.npz") for name in ("none", "one", "four"))
+    assert all(np.array_equal(a[key], b[key]) and np.array_equal(a[key], c[key]) for key in a)
+    process = subprocess.Popen(
+        [*run, "--iterations", "100000", "--workers", "2", "--log", "a.csv"], stderr=subprocess.DEVNULL
+    )
+    log, deadline = pathlib.Path("a.csv"), time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    while any(alive(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(children) >= 2 and not any(alive(child) for child in children)
+
+
+def alive(pid):
+    status = pathlib.Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 KILLS = int(os.environ.get("MAML_KILLS", 2))
 
 
