@@ -863,7 +863,7 @@ def plot(models, curves, path):
             range(len(mean)), mean - stderr, mean + stderr, color=line.get_color(), alpha=0.15, lw=0
         )
     axes.set(xlabel="gradient steps", ylabel="mean return", xticks=range(max(len(m) for _, m, _ in curves)))
-    axes.set_title("return on unseen tasks, mean and standard error", loc="left", fontsize=10)
+    axes.set_title("unseen tasks, mean ± standard error", loc="left", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     maml.write_figure(path, canvas)
 
