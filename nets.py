@@ -439,7 +439,7 @@ class FirstConv(Conv):
             gradient(u, g)
 
             def tangent(v, _):
-                return _times(patches(), v).reshape(shape), lambda du, h: gradient(du, h)
+                return _times(patches(), v).reshape(shape), gradient
 
             return None, tangent
 
