@@ -196,7 +196,7 @@ def image_sides(shape, ways, filters, pool, count, queries, steps):
         rng, classes.reshape(-1, *classes.shape[2:]), count, ways, 1, queries // ways, dtype=np.float64
     )
     theta = experiment.network.init(rng, np.float64)
-    step = partial(maml.meta_gradient, experiment.loss, alpha=0.001, steps=steps)
+    step = partial(experiment.meta_gradient, experiment.loss, alpha=0.001, steps=steps)
 
     def sides(theta, support, query):
         ours = {

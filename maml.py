@@ -87,13 +87,22 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
     return value.mean(), (v.sum(axis=0) - hvp(alpha * v, total=True)) / len(v)
 
 
-def meta_gradient_recomputed(loss, theta, support, query, alpha, steps):
-    """Equals `meta_gradient`, and keeps theta_s alone of a step: one gradient a step more, less memory."""
+def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
+    """Equals `meta_gradient`, in memory that does not grow with the steps but by their theta_s.
+
+    What their products read is kept of the last `kept` steps; of those before it is computed anew: one
+    gradient a step more.
+    """
     alpha = _checked(theta, support, alpha, steps)
     thetas = [theta]
-    for _ in range(steps):
+    for _ in range(steps - kept):
         thetas.append(thetas[-1] - alpha * gradient(loss, thetas[-1], *support))
-    value, v = value_and_gradient(loss, thetas.pop(), *query)
+    theta, trail = unroll(loss, thetas.pop(), support, alpha, min(kept, steps))
+    value, v = value_and_gradient(loss, theta, *query)
+    while trail:
+        _, hvp = trail.pop()
+        v = v - hvp(alpha * v)
+        del hvp
     while thetas:
         _, _, hvp = expand(loss, thetas.pop(), *support)
         v = v - hvp(alpha * v)
@@ -269,18 +278,20 @@ def chunks(support, query, size):
 
 
 def one_blas_thread():
-    """Keeps the OpenBLAS that NumPy's wheels bring to one thread, and glibc to one heap; elsewhere, nothing.
+    """Keeps the OpenBLAS of NumPy's wheels to one thread, and glibc to one heap that it keeps; else, nothing.
 
     A task's products are too small to share between cores, and where another process has one of the cores
     OpenBLAS's threads wait for each other up to 50 times as long as one takes. What runs in parallel is
-    chunks of tasks, on threads; a heap that glibc gives a thread of its own returns its memory to the system
-    whenever it is empty, and to fault it in again took a third of TRPO's time.
+    chunks of tasks, on threads; memory that glibc returned to the system, as it does with a thread's own heap
+    when that is empty and with every large array, took a third of TRPO's time to fault in again.
     """
     library = ctypes.CDLL(np.linalg._umath_linalg.__file__)
     if hasattr(library, "scipy_openblas_set_num_threads64_"):
         library.scipy_openblas_set_num_threads64_(1)
     if hasattr(library, "mallopt"):
         library.mallopt(-8, 1)  # M_ARENA_MAX
+        library.mallopt(-4, 0)  # M_MMAP_MAX
+        library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def evaluate(loss, theta, support, query, alpha, steps, metric=None, chunk=None, map=map):
@@ -400,7 +411,7 @@ EVAL_QUERY = 100  # query points of a test sinusoid: the figure is the paper's, 
 DIVERGED = 100.0  # of a sinusoid's error: four times the largest amplitude squared
 SPLITS = {"training": "train", "validation": "val", "test": "test"}
 STREAMS = ("training", "test", "validation", "init")
-KEPT_STEPS = 5  # of an image task; beyond, its products are computed anew rather than kept
+KEPT_STEPS = {"omniglot": 2, "miniimagenet": 5}  # the last inner steps whose products keep what they read
 REPTILE_STEPS = 10  # with one inner step Reptile is joint training
 
 
@@ -409,6 +420,7 @@ class Experiment:
 
     chunk, block = None, 600  # tasks computed at once; tasks drawn at once to evaluate
     clip, map, unit = np.inf, staticmethod(map), "loss"
+    meta_gradient = staticmethod(meta_gradient)
     log_every, save_every, keeps_best = 500, 1000, False  # meta-iterations; whether validation selects
     columns, state = ("loss", "before", "after"), State  # of the log; what `train` yields
 
@@ -455,8 +467,8 @@ class Experiment:
         """(theta, support, query) -> value, gradient: what the method descends."""
         alpha, steps = self.inner_rate(), self.settings["steps"]
         return {
-            "maml": partial(meta_gradient, self.loss, alpha=alpha, steps=steps),
-            "anil": partial(meta_gradient, self.loss, alpha=alpha, steps=steps),
+            "maml": partial(self.meta_gradient, self.loss, alpha=alpha, steps=steps),
+            "anil": partial(self.meta_gradient, self.loss, alpha=alpha, steps=steps),
             "fomaml": partial(meta_gradient, self.loss, alpha=alpha, steps=steps, order=1),
             "meta-sgd": partial(meta_sgd_gradient, self.loss, steps=steps),
             "reptile": partial(reptile_gradient, self.loss, alpha=alpha, steps=steps),
@@ -535,6 +547,8 @@ class ImageExperiment(Experiment):
         self.loss = nets.cross_entropy(self.network)
         self.metric = partial(accuracy, self.network)
         self.chunk = 1 if mini or ways > 10 else 4
+        if settings["steps"] > KEPT_STEPS[settings["task"]]:
+            self.meta_gradient = partial(meta_gradient_recomputed, kept=KEPT_STEPS[settings["task"]])
         self.map = ThreadPoolExecutor(os.cpu_count(), initializer=partial(np.seterr, all="ignore")).map
         if mini:  # the authors clip to ±10 a loss that is ways · query / shots times the mean
             self.clip = 10 * settings["shots"] / (ways * settings["query"])

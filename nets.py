@@ -168,7 +168,7 @@ def convnet(shape, ways, filters=64, pool=False):
     layers = []
     for i in range(1, 5):
         if pool:
-            conv = RowConv if i > 1 else FirstConv
+            conv = UnitConv if i > 1 else FirstConv
             layers += [conv(inputs, filters, f"conv{i}", stride=1), PooledBatchNorm(filters, f"beta{i}")]
             height, width = height // 2, width // 2
         else:
@@ -427,54 +427,45 @@ class Conv:
 
 
 class FirstConv(Conv):
-    """Conv of the data: no gradient of x, whose patches, of large images the largest array, are made anew."""
+    """Conv of the data: no gradient of x, and patches that are made anew for every product."""
 
     def forward(self, w, x):
-        patches, shape = partial(_unfold, x, self.stride), self._out_shape(w, x)
+        unfold = partial(_unfold_planes, stride=self.stride)
 
         def gradient(u, g):
-            return _transposed_times(patches(), u.reshape(len(x), -1, u.shape[-1]), g)
+            _correlate(unfold, [(x, u)], g)
 
         def backward(u, g):
             gradient(u, g)
+            return None, lambda v, _: (_convolve(unfold, [(x, v)], shape), gradient)
 
-            def tangent(v, _):
-                return _times(patches(), v).reshape(shape), gradient
-
-            return None, tangent
-
-        return _times(patches(), w).reshape(shape), backward
+        shape = self._out_shape(w, x)
+        return _convolve(unfold, [(x, w)], shape), backward
 
 
-class RowConv(Conv):
-    """Conv with stride 1, not the first layer: its closed form by three products, without the patches.
+class UnitConv(Conv):
+    """Conv with stride 1, not the first layer: patches are made anew for every product.
 
-    In zero-padded images laid out as rows of pixels, a patch is three runs of three pixels, a line apart:
-    with q the runs, out = Σ_i q[i lines on] w[i]. dL/dx is the same convolution of u, with w's taps turned
-    round and its channels swapped, so that nothing is folded back.
+    dL/dx is the same convolution of u, with w's taps turned round and its channels swapped, so that nothing
+    is folded back.
     """
 
     def forward(self, w, x):
-        a, shape = _Runs(x), x.shape[:-1] + w.shape[-1:]
+        unfold, shape = partial(_unfold, stride=1), self._out_shape(w, x)
 
         def backward(u, g):
-            b = _Runs(u)
-            a.transposed_times(u, g)
+            _correlate(unfold, [(x, u)], g)
 
             def tangent(v, dx):
-                da = _Runs(dx)
-                d_out = da.times(w, a.times(v, np.zeros(shape, x.dtype)))
-
                 def finish(du, h):
-                    a.transposed_times(du, h)
-                    h += da.transposed_times(u, np.empty_like(h))
-                    return b.times(_turned(v), _Runs(du).times(_turned(w), np.zeros_like(x)))
+                    _correlate(unfold, [(x, du), (dx, u)], h)
+                    return _convolve(unfold, [(u, _turned(v)), (du, _turned(w))], x.shape)
 
-                return d_out, finish
+                return _convolve(unfold, [(x, v), (dx, w)], shape), finish
 
-            return b.times(_turned(w), np.zeros_like(x)), tangent
+            return _convolve(unfold, [(u, _turned(w))], x.shape), tangent
 
-        return a.times(w, np.zeros(shape, x.dtype)), backward
+        return _convolve(unfold, [(x, w)], shape), backward
 
 
 def _turned(w):
@@ -483,55 +474,24 @@ def _turned(w):
     return np.ascontiguousarray(taps).reshape(*w.shape[:-2], 9 * w.shape[-1], -1)
 
 
-class _Runs:
-    """Zero-padded images as runs of three pixels, a few images at a time so that they stay in the cache."""
+def _convolve(unfold, pairs, shape):
+    """Σ over pairs of unfold(x) w, of `shape`."""
+    (x, w), *others = pairs
+    out, pixels = np.empty(shape, x.dtype).reshape(shape[0], -1, shape[-1]), math.prod(shape[2:-1])
+    for cut in _image_cuts(x, 9):
+        part = out[:, cut.start * pixels : cut.stop * pixels]
+        np.matmul(unfold(x[:, cut]), w, out=part)
+        for dx, v in others:
+            part += unfold(dx[:, cut]) @ v
+    return out.reshape(shape)
 
-    block = 1 << 18  # numbers
 
-    def __init__(self, x):
-        tasks, n, h, w, c = x.shape
-        self.padded = np.zeros((tasks, n, h + 2, w + 2, c), x.dtype)
-        self.padded[:, :, 1:-1, 1:-1] = x
-        self.each = max(1, self.block // ((h + 2) * (w + 2) * 3 * c))
-
-    def blocks(self):
-        """Yields task, images, q [pixels, 3 c]: row p holds pixels p, p + 1 and p + 2 (the last two, any)."""
-        tasks, n, h, w, c = self.padded.shape
-        q = np.zeros((min(self.each, n) * h * w, 3 * c), self.padded.dtype)
-        for task in range(tasks):
-            for start in range(0, n, self.each):
-                images = slice(start, start + self.each)
-                pixels = self.padded[task, images].reshape(-1, c)
-                runs = q[: len(pixels)]
-                for j in range(3):
-                    runs[: len(pixels) - j, j * c : (j + 1) * c] = pixels[j:]
-                yield task, images, runs
-
-    def times(self, w, out):
-        """out [T, n, h, w, outputs] += the convolution with w [9 c, outputs] or [T, 9 c, outputs]."""
-        height, line = self.padded.shape[2:4]
-        for task, images, q in self.blocks():
-            top, middle, bottom = np.split(w if w.ndim == 2 else w[task], 3)
-            sums, m = np.empty((len(q), w.shape[-1]), q.dtype), len(q) - 2 * line
-            np.matmul(q[:m], top, out=sums[:m])
-            sums[:m] += q[line : line + m] @ middle
-            sums[:m] += q[2 * line :] @ bottom
-            out[task, images] += sums.reshape(-1, height, line, w.shape[-1])[:, : height - 2, : line - 2]
-        return out
-
-    def transposed_times(self, u, out):
-        """-> patchesᵀ u [T, 9 c, outputs], or its sum over tasks where out is [9 c, outputs]."""
-        height, line = self.padded.shape[2:4]
-        out[...] = 0
-        for task, images, q in self.blocks():
-            spread = np.zeros((len(q) // (height * line), height, line, u.shape[-1]), u.dtype)
-            spread[:, : height - 2, : line - 2] = u[task, images]
-            m = len(q) - 2 * line
-            spread = spread.reshape(-1, u.shape[-1])[:m]
-            total = out if out.ndim == 2 else out[task]
-            for part, i in zip(np.split(total, 3), range(3)):
-                part += q[i * line : i * line + m].T @ spread
-        return out
+def _correlate(unfold, pairs, out):
+    """Writes Σ over pairs of unfold(x)ᵀ u, or that summed over tasks, into out."""
+    out[...] = 0
+    for cut in _image_cuts(pairs[0][0], 9):
+        for x, u in pairs:
+            out += _transposed_times(unfold(x[:, cut]), _pixels(u[:, cut]), np.empty_like(out))
 
 
 def _same(size, stride):
@@ -554,6 +514,16 @@ def _unfold(x, stride):
         (st[0], st[1], stride * st[2], stride * st[3], st[2], st[4]),
     )
     return patches.reshape(tasks, n * height * width, 9 * c)
+
+
+def _unfold_planes(x, stride):
+    """`_unfold` for few channels: the same array in another order of memory, a column after the other."""
+    tasks, n, h, w, c = x.shape
+    (_, top, bottom), (_, left, right) = _same(h, stride), _same(w, stride)
+    padded = np.zeros((tasks, c, n, top + h + bottom, left + w + right), x.dtype)
+    padded[:, :, :, top : top + h, left : left + w] = np.moveaxis(x, -1, 1)
+    taps = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (3, 4))[:, :, :, ::stride, ::stride]
+    return taps.transpose(0, 5, 6, 1, 2, 3, 4).reshape(tasks, 9 * c, -1).mT
 
 
 def _fold(a, shape, stride):
@@ -591,31 +561,47 @@ class PooledBatchNorm:
 
     def forward(self, beta, x):
         tasks, n, h, w, c = shape = x.shape
-        x = x.reshape(tasks, -1, c)
-        x = np.subtract(x, _mean(x), out=x)  # the convolution's output, which nobody else reads
-        r = 1 / np.sqrt(_dot(x, x) / x.shape[1] + x.dtype.type(0.001))
-        pool = _Pool(x.reshape(shape))
-        m = pool.out.reshape(tasks, -1, c)
-        count = h * w * n
-        size = pool.out.shape
+        x, size, count = _lines(x), (tasks, n, h // 2, w // 2, c), x.dtype.type(n * h * w)
+        cuts, wide = _image_cuts(x), partial(_wide, w)
+        near = _mean(x[:, 0].reshape(tasks, -1, c))  # sums of numbers about it keep their digits
+        pools, first, second = [], 0, 0
+        for cut in cuts:
+            part = x[:, cut] - wide(near)
+            pools.append(_Pool(part.reshape(tasks, -1, h, w, c)))
+            part = part.reshape(tasks, -1, c)
+            first, second = first + _sum(part), second + _dot(part, part)
+        offset = first / count
+        mean, r = near + offset, 1 / np.sqrt(second / count - offset**2 + x.dtype.type(0.001))
+        m = np.concatenate([pool.out for pool in pools], axis=1).reshape(tasks, -1, c) - offset
+
+        def scatter(u, constant, *terms):
+            """r ⊙ (the pool's adjoint of u) + constant + Σ coefficient ⊙ array."""
+            out, constant, u = np.empty_like(x), wide(constant), (r * u).reshape(size)
+            terms = [(wide(coefficient), array) for coefficient, array in terms]
+            for cut, pool in zip(cuts, pools):
+                part = out[:, cut]
+                pool.scatter(u[:, cut], part.reshape(tasks, -1, h, w, c))
+                part += constant
+                for coefficient, array in terms:
+                    part += coefficient * array[:, cut]
+            return out
 
         def backward(u, g):
             u = u.reshape(m.shape)
             total = _sum(u)
             g[...] = total[:, 0]
             q = _dot(u, m) * (r * r / count)
-            below = pool.scatter(u.reshape(size)).reshape(x.shape)
-            for rows in _rows(x):
-                part = below[:, rows]
-                part -= x[:, rows] * q
-                part -= total / count
-                part *= r
+            below = scatter(u, r * (q * mean - total / count), (-r * q, x))
 
             def tangent(v, dx):
-                dx = dx.reshape(x.shape)
-                dx = dx - _mean(dx)
-                dm = pool.gather(dx.reshape(shape)).reshape(m.shape)
-                e = _dot(dx, x) * (r * r / count)
+                dx, first, second, dm = _lines(dx), 0, 0, []
+                for cut, pool in zip(cuts, pools):
+                    part = dx[:, cut].reshape(tasks, -1, c)
+                    first = first + _sum(part)
+                    second = second + _dot(part, (x[:, cut] - wide(mean)).reshape(part.shape))
+                    dm.append(pool.gather(dx[:, cut].reshape(tasks, -1, h, w, c)))
+                dm = np.concatenate(dm, axis=1).reshape(m.shape) - first / count
+                e = second * (r * r / count)
                 d_out = r * (dm - e * m)
 
                 def finish(du, h):
@@ -623,15 +609,9 @@ class PooledBatchNorm:
                     total = _sum(du)
                     h[...] = total[:, 0] if h.ndim == 2 else total.sum(axis=(0, 1))
                     dq = (_dot(du, m) + _dot(u, dm)) * (r * r / count) - 2 * e * q
-                    d_below = pool.scatter(du.reshape(size)).reshape(x.shape)
-                    for rows in _rows(x):
-                        part = d_below[:, rows]
-                        part -= dx[:, rows] * q
-                        part -= x[:, rows] * dq
-                        part -= total / count
-                        part *= r
-                        part -= e * below[:, rows]
-                    return d_below.reshape(shape)
+                    constant = r * (q * first / count + dq * mean - total / count)
+                    terms = (-r * q, dx), (-r * dq, x), (-e, below)
+                    return scatter(du, constant, *terms).reshape(shape)
 
                 return (d_out + v[:, None]).reshape(size), finish
 
@@ -640,9 +620,23 @@ class PooledBatchNorm:
         return (m * r + beta[..., None, :]).reshape(size), backward
 
 
-def _rows(x):
-    """Cuts of axis 1 whose numbers stay in the cache."""
-    size = max(1, (1 << 15) // x[:, 0].size)
+def _pixels(x):
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def _lines(x):
+    """x [T, n, h, w, c] -> [T, n, h, w·c]: long runs of numbers, which NumPy multiplies faster than short."""
+    return x.reshape(*x.shape[:3], -1)
+
+
+def _wide(w, a):
+    """a [T, 1, c] -> [T, 1, 1, w·c], to go with `_lines`."""
+    return np.tile(a, w)[:, None]
+
+
+def _image_cuts(x, times=1):
+    """Cuts of axis 1 into images so few that `times` their numbers stay in the cache."""
+    size = max(1, (1 << 19) // (times * x[:, 0].size))
     return [slice(start, start + size) for start in range(0, x.shape[1], size)]
 
 
@@ -654,7 +648,8 @@ class _Pool:
         quads = self._quads(x)
         self.out = np.maximum(np.maximum(quads[0], quads[1]), np.maximum(quads[2], quads[3]))
         self.masks = [q == self.out for q in quads]
-        self.share = 1 / np.add.reduce(self.masks, dtype=x.dtype)
+        ties = sum(mask.view(np.uint8) for mask in self.masks)
+        self.share = np.reciprocal(ties, dtype=x.dtype)
 
     def _quads(self, x):
         h, w = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
@@ -663,11 +658,12 @@ class _Pool:
     def gather(self, x):
         return sum(mask * q for mask, q in zip(self.masks, self._quads(x))) * self.share
 
-    def scatter(self, u):
-        x, u = np.zeros(self.shape, u.dtype), u * self.share
-        for mask, q in zip(self.masks, self._quads(x)):
+    def scatter(self, u, out):
+        out[:, :, self.shape[2] // 2 * 2 :] = 0
+        out[:, :, :, self.shape[3] // 2 * 2 :] = 0
+        u = u * self.share
+        for mask, q in zip(self.masks, self._quads(out)):
             np.multiply(mask, u, out=q)
-        return x
 
 
 class SpatialMean:

@@ -362,8 +362,9 @@ def test_recursion_equals_definition_and_finite_differences(p, array, steps):
         found = maml.meta_gradient(loss, *args)
         assert error(found[0], value) < 1e-11
         assert error(found[1], expected) < 1e-9
-    found = maml.meta_gradient_recomputed(p.loss, *args)
-    assert error(found[0], value) < 1e-11 and error(found[1], expected) < 1e-9
+    for kept in range(steps + 2):
+        found = maml.meta_gradient_recomputed(p.loss, *args, kept=kept)
+        assert error(found[0], value) < 1e-11 and error(found[1], expected) < 1e-9
     through_products = grad(lambda theta: maml.meta_loss(p.loss, theta, *args[1:]))(p.theta)
     assert error(through_products, expected) < 1e-9
 
@@ -600,6 +601,27 @@ def test_recomputed_memory_hardly_grows_with_the_steps():
         bytes_ = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return bytes_
+
+    assert peak(10) < 1.3 * peak(1)
+
+
+RESIDENT = """
+import sys, numpy as np, maml, tasks
+maml.one_blas_thread()
+flags = ["--task", "omniglot", "--ways", "20", "--steps", sys.argv[1]]
+experiment, rng = maml.experiment_of(maml.settings_of(maml.build_parser().parse_args(flags))), np.random.default_rng(0)
+experiment.images = {"train": rng.integers(256, size=(40, 2, 28, 28, 1)).astype(np.uint8)}
+batch, theta = experiment.indices("training", rng, 4, 1, 1), experiment.network.init(rng)
+maml.mean_over_chunks(experiment.outer_gradient(), theta, *batch, experiment.chunk, experiment.map)
+print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_resident_memory_of_a_20_way_task_hardly_grows_with_the_steps():
+    def peak(steps):
+        words = [sys.executable, "-c", RESIDENT, str(steps)]
+        return int(subprocess.run(words, capture_output=True, text=True, check=True, cwd=HERE).stdout)
 
     assert peak(10) < 1.3 * peak(1)
 
