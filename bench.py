@@ -60,13 +60,14 @@ def milliseconds(sides, seconds=0.1, blocks=7):
 
 
 def row(label, sides, columns=COLUMNS, **timing):
-    """Prints one line: the first side is ours."""
+    """Prints one line: the first side is ours -> its milliseconds."""
     times = milliseconds(sides, **timing)
     ours = next(iter(times.values()))
     cells = [f"{ours:9.3f}"]
     for name in columns:
         cells.append(f"{times[name]:9.3f} {times[name] / ours:6.2f}×" if name in times else " " * 17)
     print(f"{label:<38}" + "  ".join(cells), flush=True)
+    return ours
 
 
 def sinusoid_sides(loss, theta, support, query, alpha, steps):
@@ -468,7 +469,12 @@ def images():
         ("Omniglot 20-way, 16 tasks, steps 5", (28, 28, 1), 20, 64, False, 16, 20, 5),
         ("MiniImagenet 5-way, 4 tasks, steps 5", (84, 84, 3), 5, 32, True, 4, 75, 5),
     ):
-        row(label, image_sides(*sizes), columns, blocks=3)
+        ours = row(label, image_sides(*sizes), columns, blocks=3)
+        shape, ways, _, _, count, queries, _ = sizes
+        drawn = np.random.default_rng(0).integers(256, size=(ways + 3, 600, *shape)).astype(np.uint8)
+        call = partial(tasks.few_shot, np.random.default_rng(0), drawn, count, ways, 1, queries // ways)
+        spent = milliseconds({"few_shot": call}, blocks=3)["few_shot"]
+        print(f"  sampled by few_shot                 {spent:9.3f} ({100 * spent / ours:.1f} %)", flush=True)
 
 
 def sinusoids():

@@ -546,7 +546,7 @@ class ImageExperiment(Experiment):
         self.network, self.classifier = network(ways), network(CLASSIFIED[settings["task"]])
         self.loss = nets.cross_entropy(self.network)
         self.metric = partial(accuracy, self.network)
-        self.chunk = 1 if mini or ways > 10 else 4
+        self.chunk = 1 if mini or ways > 10 else max(1, 8 // settings["shots"])
         if settings["steps"] > KEPT_STEPS[settings["task"]]:
             self.meta_gradient = partial(meta_gradient_recomputed, kept=KEPT_STEPS[settings["task"]])
         self.map = ThreadPoolExecutor(os.cpu_count(), initializer=partial(np.seterr, all="ignore")).map

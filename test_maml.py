@@ -609,7 +609,8 @@ RESIDENT = """
 import sys, numpy as np, maml, tasks
 maml.one_blas_thread()
 flags = ["--task", "omniglot", "--ways", "20", "--steps", sys.argv[1]]
-experiment, rng = maml.experiment_of(maml.settings_of(maml.build_parser().parse_args(flags))), np.random.default_rng(0)
+experiment = maml.experiment_of(maml.settings_of(maml.build_parser().parse_args(flags)))
+rng = np.random.default_rng(0)
 experiment.images = {"train": rng.integers(256, size=(40, 2, 28, 28, 1)).astype(np.uint8)}
 batch, theta = experiment.indices("training", rng, 4, 1, 1), experiment.network.init(rng)
 maml.mean_over_chunks(experiment.outer_gradient(), theta, *batch, experiment.chunk, experiment.map)
