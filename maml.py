@@ -560,8 +560,11 @@ class ImageExperiment(Experiment):
                 path = "data/omniglot"
                 if not os.path.exists(path):
                     tasks.download_omniglot(path)
-            load = tasks.load_omniglot if task == "omniglot" else tasks.load_miniimagenet
-            self.images = load(path or "data/miniimagenet")
+            if task == "omniglot":
+                self.images = tasks.load_omniglot(path)
+            else:
+                each = self.settings["shots"] + self.settings["query"]
+                self.images = tasks.load_miniimagenet(path or "data/miniimagenet", each)
             for purpose in STREAMS[:3]:
                 self.draw(purpose, self.stream(purpose), 1, self.settings["shots"], self.settings["query"])
         except (OSError, ValueError) as error:

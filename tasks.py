@@ -15,6 +15,7 @@ import io
 import mmap
 import os
 import re
+import stat
 import struct
 import sys
 import urllib.request
@@ -165,6 +166,7 @@ OMNIGLOT_MD5 = {
     "images_background.zip": "68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation.zip": "6b91aef0f799c5bb55b94e3f2daec811",
 }
+MOST = 1 << 16  # images of a zip; all of Omniglot has 32,460
 PNG_START = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4s2I5B", 13, b"IHDR", 105, 105, 1, 0, 0, 0, 0)
 
 
@@ -191,12 +193,13 @@ def _part(path, part):
     """A zip, or the folder that it unpacks to -> what tells it from others, () -> {name: () -> bytes}."""
     file = path / f"{part}.zip"
     if file.is_file():
-        data = _read(file, 1 << 28)
+        data = _read(file, 1 << 24)
         return hashlib.sha256(data).hexdigest(), partial(_zipped, file, data, part)
-    names = sorted(glob(f"{part}/*/*/*.png", root_dir=path))
-    if not names:
+    names = sorted(filter(_speakable, glob(f"{part}/*/*/*.png", root_dir=path)))
+    if not 0 < len(names) < MOST:
         raise ValueError(
-            f"{path}: neither {file.name} nor {part}/*/*/*.png; fetch {OMNIGLOT_URL}/{file.name}"
+            f"{path}: {len(names) or 'neither ' + file.name + ' nor'} {part}/*/*/*.png; "
+            f"fetch {OMNIGLOT_URL}/{file.name}"
         )
     stamps = [(name, os.stat(path / name).st_size, os.stat(path / name).st_mtime_ns) for name in names]
     return stamps, lambda: {name: partial(_read, path / name, 1 << 16) for name in names}
@@ -206,18 +209,28 @@ def _zipped(file, data, part):
     """{name: () -> bytes} of the images in a zip. Nothing is extracted, and no entry is read beyond 64 kB."""
     try:
         entries = zipfile.ZipFile(io.BytesIO(data))
-        names = [name for name in entries.namelist() if re.fullmatch(rf"{part}(/[^/.][^/]*){{3}}\.png", name)]
+        names = re.compile(rf"{part}(/[^/.][^/]*){{3}}\.png")
+        names = [name for name in entries.namelist() if names.fullmatch(name) and _speakable(name)]
     except Exception as error:
         raise ValueError(
             f"{file}: no whole zip file ({error}); fetch {OMNIGLOT_URL}/{file.name} again"
         ) from error
-    if not names:
-        raise ValueError(f"{file}: holds no {part}/*/*/*.png; fetch {OMNIGLOT_URL}/{file.name} again")
+    if not 0 < len(names) < MOST:
+        raise ValueError(
+            f"{file}: holds {len(names) or 'no'} {part}/*/*/*.png; fetch {OMNIGLOT_URL}/{file.name} again"
+        )
     return {name: lambda name=name: entries.open(name).read(1 << 16) for name in names}
+
+
+def _speakable(name):
+    """Whether a name can be part of a message of one line."""
+    return name.isprintable() and len(name) < 200
 
 
 def _read(file, limit):
     try:
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise ValueError(f"{file}: no regular file")
         with open(file, "rb") as opened:
             data = opened.read(limit + 1)
     except OSError as error:
@@ -373,8 +386,16 @@ def _folders(folder):
     """{class: [(file, size, time), ...]} of a folder per class, both in the order of their names."""
     image = re.compile(r"[^.].*\.(jpe?g|png)", re.IGNORECASE)
     try:
-        classes = sorted(f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] != ".")
-        files = [[f for f in os.scandir(folder / name) if image.fullmatch(f.name)] for name in classes]
+        classes = [f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] != "."]
+        classes = sorted(filter(_speakable, classes))
+        files = [
+            [
+                f
+                for f in os.scandir(folder / name)
+                if image.fullmatch(f.name) and _speakable(f.name) and f.is_file()
+            ]
+            for name in classes
+        ]
         stats = [sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in some) for some in files]
     except OSError as error:
         raise ValueError(
@@ -410,7 +431,7 @@ def _photo(file):
 
     try:
         with Image.open(file, formats=("JPEG", "PNG")) as image:
-            if image.width * image.height > 1 << 26:
+            if image.width * image.height > 1 << 25:
                 raise ValueError(f"{image.width}x{image.height} pixels")
             return np.asarray(image.convert("RGB").resize((84, 84), Image.Resampling.LANCZOS))
     except Exception as error:
@@ -422,35 +443,42 @@ def _photo(file):
 
 def _cached(folder, name, key, build):
     """The array of build() -> shape, uint8 blocks: from a .npy made of the same files, or else made now."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
     elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml"
     home = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     places = [folder / f"{name}.npy", elsewhere / f"{name}-{home}.npy"]
     for place in places:
         try:
-            return _mapped(place, digest)
-        except (OSError, ValueError):
-            pass  # none there yet, or one of other files, or a broken one
+            return _mapped(place, key)
+        except Exception:  # none there yet, or one of other files, or a broken one, whatever its bytes
+            pass
     for place in places:
         try:
-            _write(place, digest, build)
-            return _mapped(place, digest)
+            _write(place, key, build)
+            return _mapped(place, key)
         except OSError as error:
             reason = error
     where = f"{places[0]} and {places[1]}"
     raise ValueError(f"{where}: cannot be written ({reason.strerror}): free space, or set XDG_CACHE_HOME")
 
 
-def _mapped(place, digest):
-    """The .npy file, read-only, if it ends with this digest, as only a whole one does."""
+def _digest(key, shape):
+    return hashlib.sha256(repr((key, shape)).encode()).digest()
+
+
+def _mapped(place, key):
+    """The .npy file, read-only, if what follows its pixels is the digest of this key and of their shape."""
+    if not stat.S_ISREG(os.stat(place).st_mode):
+        raise ValueError(f"{place}: no regular file")
+    images = np.lib.format.open_memmap(place, mode="r").view(Mapped)
     with place.open("rb") as file:
-        file.seek(-len(digest), os.SEEK_END)
-        if file.read() != digest:
-            raise ValueError(f"{place}: made from other files, or cut short")
-    return np.lib.format.open_memmap(place, mode="r").view(Mapped)
+        file.seek(images.offset + images.nbytes)
+        digest = file.read(33)
+    if digest != _digest(key, images.shape) or images.dtype != np.uint8 or not images.flags.c_contiguous:
+        raise ValueError(f"{place}: made from other files, or damaged")
+    return images
 
 
-def _write(place, digest, build):
+def _write(place, key, build):
     """Write shape and blocks as a .npy, then the digest; it takes its name only when it is whole."""
     place.parent.mkdir(parents=True, exist_ok=True)
     part = place.with_name(f".{place.name}.{os.getpid()}.tmp")
@@ -461,7 +489,7 @@ def _write(place, digest, build):
             np.lib.format.write_array_header_1_0(file, header)
             for block in blocks:
                 file.write(block)
-            file.write(digest)
+            file.write(_digest(key, shape))
         os.replace(part, place)
     finally:
         part.unlink(missing_ok=True)

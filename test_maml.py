@@ -29,6 +29,7 @@ import tracemalloc
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from hashlib import md5
 from pathlib import Path
@@ -678,6 +679,30 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
+FUZZ = int(os.environ.get("MAML_FUZZ", 60))  # MAML_FUZZ=10000 python -m pytest -k no_damage
+
+
+def damaged(data, good):
+    """Bytes cut, flipped, overwritten, inserted, or others altogether."""
+    at = data.draw(st.integers(0, 1 << 30)) % len(good)
+    piece = data.draw(st.binary(max_size=40))
+    return {
+        "cut": good[:at],
+        "flip": good[:at] + bytes([good[at] ^ (1 << len(piece) % 8)]) + good[at + 1 :],
+        "overwrite": good[:at] + piece + good[at + len(piece) :],
+        "insert": good[:at] + piece + good[at:],
+        "random": piece,
+    }[data.draw(st.sampled_from(["cut", "flip", "overwrite", "insert", "random"]))]
+
+
+@contextmanager
+def one_line_at_most(*errors):
+    try:
+        yield
+    except errors as error:
+        assert "\n" not in str(error) and len(str(error)) < 400
+
+
 # Drawn data
 
 
@@ -1211,6 +1236,81 @@ def test_a_missing_or_empty_split_is_named(tmp_path):
     (tmp_path / "test").mkdir()
     with pytest.raises(ValueError, match="test: empty; it should hold"):
         tasks.load_miniimagenet(tmp_path)
+
+
+HOSTILE = {
+    "a directory": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a link to nothing": lambda path: path.symlink_to(path.parent / "nothing"),
+    "a link to no end": lambda path: path.symlink_to("/dev/zero"),
+    "a link to a text": lambda path: path.symlink_to(HERE / "README.md"),
+}
+ENTRIES = {
+    "absolute": ("/escaped/a/b/c.png", b"no image"),
+    "above": ("../../escaped/a/b/c.png", b"no image"),
+    "inside and above": ("images_background/../../escaped/c.png", b"no image"),
+    "bomb": ("images_background/a/b/c.png", bytes(10**7)),
+    "long": (f"images_background/a/b/{'c' * 60_000}.png", b"no image"),
+    "line": ("images_background/a/b\n/c.png", b"no image"),
+}
+
+
+@contextmanager
+def harmed(data, path):
+    """In place of a file damaged bytes, or what is no file of data; in a zip, hostile entries."""
+    good, harms = path.read_bytes(), ["bytes"] * 6 + [*HOSTILE] + [*ENTRIES] * (path.suffix == ".zip")
+    harm = data.draw(st.sampled_from(harms))
+    bad = damaged(data, good)
+    path.unlink()
+    if harm in HOSTILE:
+        HOSTILE[harm](path)
+    else:
+        path.write_bytes(bad if harm == "bytes" else good)
+    if harm in ENTRIES:
+        with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(*ENTRIES[harm])
+    try:
+        yield
+    finally:
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+        path.write_bytes(good)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A folder beside which there is nothing."""
+    return tmp_path_factory.mktemp("alone")
+
+
+@settings(max_examples=FUZZ)
+@given(st.data())
+def test_no_damage_to_omniglot_is_more_than_one_line(alone, data):
+    layout = data.draw(st.sampled_from([zipped, unpacked]))
+    folder = alone / "omniglot" / layout.__name__
+    if not folder.exists():
+        tasks.load_omniglot(layout(folder, drawn()[0]))
+    names = {zipped: [f"{part}.zip" for part in PARTS], unpacked: sorted(drawn()[0])[:9:4]}[layout]
+    with harmed(data, folder / data.draw(st.sampled_from([*names, "omniglot.npy"]))):
+        with one_line_at_most(ValueError, OSError):
+            for images in tasks.load_omniglot(folder).values():
+                assert images.dtype == np.uint8 and images.shape[2:] == (28, 28, 1) and images.sum() >= 0
+    assert not [file for file in alone.rglob("*") if "escaped" in file.name]
+    assert {file.name for file in leftovers(folder)} == {"omniglot.npy"}
+
+
+@settings(max_examples=FUZZ)
+@given(st.data())
+def test_no_damage_to_miniimagenet_is_more_than_one_line(alone, data):
+    folder, splits = alone / "miniimagenet", ("train", "val", "test")
+    if not folder.exists():
+        tasks.load_miniimagenet(photographs(folder, counts=(2, 2)))
+    names = ["train/n0/0.png", "val/n1/1.JPEG", *(f"miniimagenet-{split}.npy" for split in splits)]
+    with harmed(data, folder / data.draw(st.sampled_from(names))):
+        with one_line_at_most(ValueError, OSError):
+            for images in tasks.load_miniimagenet(folder).values():
+                assert images.dtype == np.uint8 and images.shape[2:] == (84, 84, 3) and images.sum() >= 0
+    assert {file.name for file in leftovers(folder)} == {f"miniimagenet-{split}.npy" for split in splits}
 
 
 def test_without_pillow_the_line_says_what_to_install(tmp_path, monkeypatch):
@@ -1789,32 +1889,14 @@ def test_a_full_disk_leaves_the_checkpoint_before(folder):
     assert contents(folder) == before
 
 
-FUZZ = int(os.environ.get("MAML_FUZZ", 60))
-
-
 @settings(max_examples=FUZZ)
 @given(st.data())
 def test_no_damage_to_a_checkpoint_is_more_than_one_line(files, data):
-    """MAML_FUZZ=10000 python -m pytest -k no_damage: cut, flipped, overwritten and inserted bytes."""
-    good = (files / "good.npz").read_bytes()
-    at = data.draw(st.integers(0, len(good) - 1))
-    piece = data.draw(st.binary(max_size=40))
-    kind = data.draw(st.sampled_from(["cut", "flip", "overwrite", "insert", "random"]))
-    bad = {
-        "cut": good[:at],
-        "flip": good[:at] + bytes([good[at] ^ (1 << len(piece) % 8)]) + good[at + 1 :],
-        "overwrite": good[:at] + piece + good[at + len(piece) :],
-        "insert": good[:at] + piece + good[at:],
-        "random": piece,
-    }[kind]
     path = files / "fuzzed.npz"
-    path.write_bytes(bad)
-    try:
+    path.write_bytes(damaged(data, (files / "good.npz").read_bytes()))
+    with one_line_at_most(maml.Unusable):
         maml.load_checkpoint(str(path), maml.COMMAND)
-    except maml.Unusable as unusable:
-        assert "\n" not in str(unusable) and len(str(unusable)) < 400
-    finally:
-        path.unlink()
+    path.unlink()
 
 
 # Reinforcement learning -------------------------------------------------------------------------
