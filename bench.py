@@ -393,7 +393,7 @@ def reinforcement():
     columns = "loops, autograd", "torch"
     header(columns)
     for hidden in (64, 100):
-        words = ["--task", "navigation", "--hidden", str(hidden)]
+        words = ["--task", "navigation", "--meta-batch", "20", "--hidden", str(hidden)]
         experiment = rl.Experiment(rl.settings_of(rl.build_parser().parse_args(words)))
         policy, count, trajectories = experiment.policy, 20, 20
         rng = np.random.default_rng(0)

@@ -337,6 +337,7 @@ def summarize(values, threshold):
 RL_TASKS = ("navigation", "cheetah-vel", "cheetah-dir", "ant-vel", "ant-dir")
 METHODS = ("maml", "fomaml", "anil", "meta-sgd", "reptile")
 BASELINES = ("random", "pretrained", "oracle", "nearest")
+UNTRAINED = ("random", "nearest")
 CLASSIFIED = {
     "omniglot": 1100,
     "miniimagenet": 64,
@@ -1112,7 +1113,7 @@ def meta_train(experiment, state, rng, save, log, command):
     Where validation selects, that is what was best on it, kept beside `save` in FILE.best.npz.
     """
     settings = experiment.settings
-    iterations = state.iteration if experiment.method in ("random", "nearest") else settings["iterations"]
+    iterations = iterations_of(settings)
     best = kept_best(experiment, save, state, command)
     log = log and Log(log, experiment.columns, state.iteration)
     run = experiment.train(state, rng, iterations)
@@ -1239,7 +1240,7 @@ def print_table(settings, asked, curves):
     """One model's table: a row a gradient step, a column a support size, and the paper's figures."""
     task, method, images = settings["task"], settings["method"], "ways" in settings
     kind = f", {settings['ways']}-way, {settings['net']}" if images else ""
-    print(f"\n{task}{kind}, {method}, seed {settings['seed']}, {settings['iterations']} meta-iterations")
+    print(f"\n{task}{kind}, {method}, seed {settings['seed']}, {iterations_of(settings)} meta-iterations")
     what = "query accuracy in %" if images else f"query MSE; diverged: above {DIVERGED:.0f}"
     print(f"{asked['eval_tasks']} unseen tasks: mean ± 95 % interval, median, tasks diverged ({what})\n")
     print("steps  " + "".join(f"{f'K = {shots}':<34}" for _, shots, _ in curves) + "paper")
@@ -1258,6 +1259,11 @@ def print_table(settings, asked, curves):
             printed = PAPER.get(key, {}).get(step)
             paper += [f"{printed} at K = {shots}"] if printed else []
         print(f"{step:>5}  {''.join(cells)}{', '.join(paper)}".rstrip())
+
+
+def iterations_of(settings):
+    """Meta-iterations that a run of these settings takes."""
+    return 0 if settings["method"] in UNTRAINED else settings["iterations"]
 
 
 def figure(number):

@@ -488,7 +488,7 @@ COMMON = dict(
     eval_shrink=0.5,
 )
 TASKS = {
-    "navigation": COMMON | dict(meta_batch=20, alpha=0.5, horizon=100, eval_trajectories=40),
+    "navigation": COMMON | dict(alpha=0.5, horizon=100, eval_trajectories=40),
     "cheetah-vel": COMMON | dict(iterations=475),
     "cheetah-dir": COMMON | dict(max_kl=0.02),
     "ant-vel": COMMON | dict(iterations=375),
@@ -799,7 +799,7 @@ def report(models, args):
         curve = experiment.curve(learned, "test", *asked)
         mean, stderr = curve.mean(axis=1), curve.std(axis=1) / len(curve[0]) ** 0.5
         curves.append((s["method"], mean, stderr))
-        print(f"\n{s['task']}, {s['method']}, seed {s['seed']}, {s['iterations']} meta-iterations")
+        print(f"\n{s['task']}, {s['method']}, seed {s['seed']}, {maml.iterations_of(s)} meta-iterations")
         print(
             f"{asked[0]} unseen tasks, {asked[1]} trajectories each: mean return ± standard error, median\n"
         )
@@ -826,37 +826,25 @@ def report(models, args):
 
 
 def plot(models, curves, path):
-    """Paths before and after adaptation on three goals, a row a model (navigation); return against steps."""
+    """The return against gradient steps; paths of navigation, or pictures of the body where OpenGL is."""
     from matplotlib.figure import Figure
 
-    drawn = models if models[0][0].settings["task"] == "navigation" else []
-    canvas = Figure(figsize=(12 if drawn else 6, 3.1 * max(len(drawn), 1) + 0.6), layout="constrained")
-    grid = canvas.add_gridspec(
-        max(len(drawn), 1), 4 if drawn else 1, width_ratios=[1, 1, 1, 1.3][-4 if drawn else -1 :]
-    )
-    for row, (experiment, learned) in enumerate(drawn):
-        rng, s = experiment.stream("test"), experiment.settings
-        goals = experiment.goals(None, 3)
-        adapted, kept = [learned[None]] * 3, []
-        for _ in range(2):
-            episodes, batches = experiment.sample(goals, s["trajectories"], adapted, rng)
-            kept.append(episodes)
-            adapted, _ = experiment.adapt(adapted, batches, experiment.alpha)
-        for column, goal in enumerate(goals):
-            axes = canvas.add_subplot(grid[row, column])
-            for episodes, color, name in zip(kept, ("#95a5a6", "#1a5276"), ("before", "after 1 step")):
-                for i in range(3):
-                    steps = int(episodes.mask[column, i].sum())
-                    path_ = episodes.observations[column, i, :steps, :2]
-                    axes.plot(*path_.T, color=color, lw=1, alpha=0.8, label=name if i == 0 else None)
-            axes.plot(*goal, "*", color="#c0392b", ms=11, label="goal")
-            axes.plot(0, 0, "ko", ms=4, label="start")
-            axes.set(xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), aspect="equal")
-            axes.set_title(s["method"] if column == 0 else "", loc="left", fontsize=10)
-            lines = axes.get_legend_handles_labels()
-    if drawn:
-        canvas.legend(*lines, fontsize=8, ncols=4, loc="outside lower left", frameon=False)
-    axes = canvas.add_subplot(grid[:, -1])
+    if models[0][0].settings["task"] == "navigation":
+        canvas = Figure(figsize=(12, 3.1 * len(models) + 0.6), layout="constrained")
+        left, right = canvas.subfigures(1, 2, width_ratios=[3, 1.3])
+        plot_paths(left, models)
+    else:
+        strips = [strip for strip in (filmed(*model) for model in models) if strip is not None]
+        canvas = Figure(figsize=(12, 3.6 + 2 * len(strips)), layout="constrained")
+        ratios = [1.8] + [1] * len(strips)
+        right, *below = canvas.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
+        for part, (title, frames) in zip(below, strips):
+            part.suptitle(title, fontsize=10)
+            for axes, (second, picture) in zip(part.subplots(1, len(frames)), frames):
+                axes.imshow(picture)
+                axes.set_axis_off()
+                axes.set_title(f"{second:.1f} s", fontsize=9)
+    axes = right.subplots()
     for name, mean, stderr in curves:
         (line,) = axes.plot(mean, "o-", ms=4, lw=1.2, label=name)
         axes.fill_between(
@@ -866,6 +854,76 @@ def plot(models, curves, path):
     axes.set_title("unseen tasks, mean ± standard error", loc="left", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     maml.write_figure(path, canvas)
+
+
+def plot_paths(canvas, models):
+    """Paths before and after adaptation on three test goals, a row a model."""
+    for row, (experiment, learned) in zip(canvas.subplots(len(models), 3, squeeze=False), models):
+        rng, s, goals = experiment.stream("test"), experiment.settings, experiment.goals(None, 3)
+        adapted, kept = [learned[None]] * 3, []
+        for _ in range(2):
+            episodes, batches = experiment.sample(goals, s["trajectories"], adapted, rng)
+            kept.append(episodes)
+            adapted, _ = experiment.adapt(adapted, batches, experiment.alpha)
+        for column, (axes, goal) in enumerate(zip(row, goals)):
+            for episodes, color, name in zip(kept, ("#95a5a6", "#1a5276"), ("before", "after 1 step")):
+                for i in range(3):
+                    steps = int(episodes.mask[column, i].sum())
+                    path = episodes.observations[column, i, :steps, :2]
+                    axes.plot(*path.T, color=color, lw=1, alpha=0.8, label=name if i == 0 else None)
+            axes.plot(*goal, "*", color="#c0392b", ms=11, label="goal")
+            axes.plot(0, 0, "ko", ms=4, label="start")
+            axes.set(xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), aspect="equal")
+            axes.set_title(s["method"] if column == 0 else "", loc="left", fontsize=10)
+    canvas.legend(
+        *axes.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower left", frameon=False
+    )
+
+
+def filmed(experiment, learned):
+    """One trajectory adapted to the first test task: -> title, [(seconds, picture)]; None without OpenGL.
+
+    In a process of its own, which EGL must be named to before MuJoCo is imported, and which a driver may end.
+    """
+    goals = experiment.goals(None, 1)
+    _, batches = experiment.sample(
+        goals, experiment.settings["trajectories"], [learned[None]], experiment.stream("test")
+    )
+    adapted, _ = experiment.adapt([learned[None]], batches, experiment.alpha)
+    if not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        with maml.process_pool(1) as pool:
+            frames = pool.submit(pictures, experiment.settings, experiment.policy, *adapted, goals).result()
+    except Exception as error:  # whatever the driver says
+        print(f"--plot: no pictures of the body ({' '.join(str(error).split())[:120]})", file=sys.stderr)
+        return None
+    settings = experiment.settings
+    return f"{settings['task']}, {settings['method']}, goal {goals[0]:.3g}, after 1 step", frames
+
+
+class _Filmed(Locomotion):
+    """Keeps the state before each step."""
+
+    def step(self, actions):
+        self.film = [*getattr(self, "film", []), self.states[0].copy()]
+        return super().step(actions)
+
+
+def pictures(settings, policy, theta, goals, count=6):
+    """`count` moments of a trajectory of pi_theta, theta [1, P]: [(seconds, picture [h, w, 3] uint8)]."""
+    environment = _Filmed(settings["task"], goals, 1, settings["method"] == "oracle", settings["frame_skip"])
+    environment.horizon = settings["horizon"]
+    rollout(environment, policy, theta, np.random.default_rng(settings["seed"]))
+    mujoco, model, simulation = environment.mujoco, environment.model, environment.simulation
+    frames = []
+    with mujoco.Renderer(model, 200, 300) as renderer:
+        for t in np.linspace(0, len(environment.film) - 1, count).astype(int):
+            mujoco.mj_setState(model, simulation, environment.film[t], environment.kept)
+            mujoco.mj_forward(model, simulation)
+            renderer.update_scene(simulation, camera="track")
+            frames.append((t * model.opt.timestep * settings["frame_skip"], renderer.render()))
+    return frames
 
 
 COMMAND = maml.Command("rl.py", build_parser, settings_of, Experiment, report, "--alpha or --max-kl")

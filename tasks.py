@@ -213,7 +213,7 @@ def _zipped(file, data, part):
         names = [name for name in entries.namelist() if names.fullmatch(name) and _speakable(name)]
     except Exception as error:
         raise ValueError(
-            f"{file}: no whole zip file ({error}); fetch {OMNIGLOT_URL}/{file.name} again"
+            f"{file}: no whole zip file ({_reason(error)}); fetch {OMNIGLOT_URL}/{file.name} again"
         ) from error
     if not 0 < len(names) < MOST:
         raise ValueError(
@@ -225,6 +225,10 @@ def _zipped(file, data, part):
 def _speakable(name):
     """Whether a name can be part of a message of one line."""
     return name.isprintable() and len(name) < 200
+
+
+def _reason(error):
+    return " ".join(str(error).split())[:120]
 
 
 def _read(file, limit):
@@ -289,7 +293,7 @@ def _scanlines(name, read):
         if len(raw) != 105 * 15 or not inflate.eof or max(raw[::15]) > 4:
             raise ValueError("broken pixel data")
     except Exception as error:
-        raise ValueError(f"{name}: does not decode ({error}); fetch the archive again") from error
+        raise ValueError(f"{name}: does not decode ({_reason(error)}); fetch the archive again") from error
     return np.frombuffer(raw, np.uint8).reshape(105, 15)
 
 
@@ -435,7 +439,7 @@ def _photo(file):
                 raise ValueError(f"{image.width}x{image.height} pixels")
             return np.asarray(image.convert("RGB").resize((84, 84), Image.Resampling.LANCZOS))
     except Exception as error:
-        raise ValueError(f"{file}: does not decode ({error}): replace or remove it") from error
+        raise ValueError(f"{file}: does not decode ({_reason(error)}): replace or remove it") from error
 
 
 # The cache -------------------------------------------------------------------------------------
