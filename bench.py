@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python bench.py [images | rl]`: hot paths beside their definitions, PyTorch and JAX.
+"""`python bench.py [images | rl | scaling]`: hot paths beside their definitions, PyTorch and JAX.
 
 Equality is asserted before anything is timed. All sides are float32 and free to use all cores. The sides
 of a row take turns, in blocks of calls, and each shows the median of its blocks, so that a machine whose
@@ -448,6 +448,91 @@ def reinforcement():
         row(f"navigation meta-iteration, {hidden}-{hidden}", sides, columns, blocks=3)
 
 
+def echo(theta, _):
+    """What a worker does but for the computing: theta comes, a gradient goes."""
+    return theta
+
+
+def image_meta_iteration(*words):
+    """-> the experiment on random images, and its outer gradient under a map."""
+    experiment = maml.experiment_of(maml.settings_of(maml.build_parser().parse_args(words)))
+    rng, shape = np.random.default_rng(0), experiment.network.inputs
+    experiment.images = {"train": rng.integers(256, size=(64, 20, *shape)).astype(np.uint8)}
+    theta, batch, gradient = experiment.start().theta, experiment.sample(rng), experiment.outer_gradient()
+    return experiment, lambda map: maml.mean_over_chunks(gradient, theta, *batch, experiment.chunk, map)[1]
+
+
+def rl_experiment(task):
+    return rl.Experiment(rl.settings_of(rl.build_parser().parse_args(["--task", task])))
+
+
+def speed_up(label, call, many):
+    """Prints a line: call(map) on both cores and on one, to the same bits -> seconds on one."""
+    assert_equal(call(many), call(map), 1e-12)
+    times = milliseconds({"many": partial(call, many), "one": partial(call, map)}, seconds=2, blocks=5)
+    print(
+        f"{label:<38}{times['many']:9.1f}  {times['one']:8.1f} {times['one'] / times['many']:7.2f}×",
+        flush=True,
+    )
+    return times["one"] / 1e3
+
+
+def scaling():
+    """Both cores against one, the map's own cost, and a model of many workers fitted to what is measured."""
+    header(("one core",))
+    omniglot, gradient = image_meta_iteration("--task", "omniglot")
+    speed_up("Omniglot 5-way, threads", gradient, omniglot.map)
+    mini, mini_gradient = image_meta_iteration("--task", "miniimagenet")
+    compute = {"MiniImagenet": speed_up("MiniImagenet 5-way, threads", mini_gradient, mini.map) / 4}
+    traffic = {"MiniImagenet": 2 * 4 * mini.size}
+    navigation = rl_experiment("navigation")
+    threads, theta = navigation.threads, navigation.start().theta
+
+    def iteration(map):
+        navigation.threads = map
+        return navigation.meta_iteration(theta, np.random.default_rng(0))[0]
+
+    speed_up("navigation, threads", iteration, threads)
+    with maml.process_pool(2) as pool:
+        both = partial(maml.pool_map, pool, 2)
+        for task in ("cheetah-dir", "ant-dir") if optional("mujoco") and optional("gymnasium") else ():
+            experiment = rl_experiment(task)
+            theta, goals = experiment.start().theta, experiment.goals(None, 40)
+
+            def sample(map):
+                experiment.map = map
+                rng = np.random.default_rng(0)
+                return experiment.sample(goals, 20, [theta[None]] * 40, rng)[0].observations
+
+            compute[task] = speed_up(f"{task}, sampling, processes", sample, both) / 40
+            traffic[task] = 4 * theta.size + 2 * sample(map).nbytes / 40
+    with maml.process_pool(1) as pool:
+        alone = partial(maml.pool_map, pool, 1)
+        times = milliseconds({"here": partial(gradient, map), "there": partial(gradient, alone)}, blocks=9)
+        cost = times["there"] / times["here"] - 1
+        print(f"\nOmniglot 5-way through a map to one worker: {100 * cost:+.1f} %")
+        sizes = 1 << np.arange(12, 25, 2)
+        arrays = {str(size): np.zeros(size // 4, np.float32) for size in sizes}
+        sides = {
+            name: lambda array=array: [*alone(partial(echo, array), [0])] for name, array in arrays.items()
+        }
+        spent = [value / 1e3 for value in milliseconds(sides).values()]
+    weight = 1 / np.array(spent)  # relative errors
+    columns = weight[:, None] * np.stack([np.ones(len(sizes)), 2 * sizes], axis=1)
+    latency, second = np.linalg.lstsq(columns, weight * spent, rcond=None)[0]
+    print(f"a parcel costs its parent {1e3 * latency:.2f} ms, and a byte {1e9 * second:.2f} ns\n")
+    print(
+        f"{'seconds, and the share of parcels':<38}" + "".join(f"{n:>10} workers" for n in (1, 10, 100, 1000))
+    )
+    for name, c in compute.items():
+        parcel = latency + traffic[name] * second
+        cells = "".join(
+            f"{c + n * parcel:10.2f} ({100 * n * parcel / (c + n * parcel):2.0f} %)"
+            for n in (1, 10, 100, 1000)
+        )
+        print(f"{name}, {traffic[name] / 1e6:.2f} MB a task".ljust(38) + f"{cells}, half at {c / parcel:.0f}")
+
+
 def header(columns):
     versions = [f"numpy {np.__version__}", *(f"{m.__name__} {m.__version__}" for m in (torch, jax) if m)]
     cpu = platform.processor() or platform.machine()
@@ -506,8 +591,8 @@ def sinusoids():
 
 if __name__ == "__main__":
     maml.one_blas_thread()  # as the command does; PyTorch and JAX have thread pools of their own
-    parts = {"": sinusoids, "images": images, "rl": reinforcement}
+    parts = {"": sinusoids, "images": images, "rl": reinforcement, "scaling": scaling}
     name = "".join(sys.argv[1:2])
     if name not in parts:
-        sys.exit(f"bench.py: {name!r} is neither images nor rl")
+        sys.exit(f"bench.py: {name!r} is none of images, rl and scaling")
     parts[name]()

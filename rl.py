@@ -840,10 +840,10 @@ def plot(models, curves, path):
         right, *below = canvas.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
         for part, (title, frames) in zip(below, strips):
             part.suptitle(title, fontsize=10)
-            for axes, (second, picture) in zip(part.subplots(1, len(frames)), frames):
+            for axes, (seconds, metres, picture) in zip(part.subplots(1, len(frames)), frames):
                 axes.imshow(picture)
                 axes.set_axis_off()
-                axes.set_title(f"{second:.1f} s", fontsize=9)
+                axes.set_title(f"{seconds:.1f} s, {metres:+.1f} m", fontsize=9)
     axes = right.subplots()
     for name, mean, stderr in curves:
         (line,) = axes.plot(mean, "o-", ms=4, lw=1.2, label=name)
@@ -881,7 +881,7 @@ def plot_paths(canvas, models):
 
 
 def filmed(experiment, learned):
-    """One trajectory adapted to the first test task: -> title, [(seconds, picture)]; None without OpenGL.
+    """One trajectory adapted to the first test task: -> title, `pictures`; None without OpenGL.
 
     In a process of its own, which EGL must be named to before MuJoCo is imported, and which a driver may end.
     """
@@ -911,7 +911,7 @@ class _Filmed(Locomotion):
 
 
 def pictures(settings, policy, theta, goals, count=6):
-    """`count` moments of a trajectory of pi_theta, theta [1, P]: [(seconds, picture [h, w, 3] uint8)]."""
+    """`count` moments of a trajectory of pi_theta, theta [1, P]: [(seconds, metres, picture [h, w, 3])]."""
     environment = _Filmed(settings["task"], goals, 1, settings["method"] == "oracle", settings["frame_skip"])
     environment.horizon = settings["horizon"]
     rollout(environment, policy, theta, np.random.default_rng(settings["seed"]))
@@ -922,7 +922,8 @@ def pictures(settings, policy, theta, goals, count=6):
             mujoco.mj_setState(model, simulation, environment.film[t], environment.kept)
             mujoco.mj_forward(model, simulation)
             renderer.update_scene(simulation, camera="track")
-            frames.append((t * model.opt.timestep * settings["frame_skip"], renderer.render()))
+            seconds = t * model.opt.timestep * settings["frame_skip"]
+            frames.append((seconds, environment.film[t][0], renderer.render()))
     return frames
 
 

@@ -6,9 +6,12 @@ differences are central. Problems whose ReLU inputs come near zero are drawn aga
 difference steps over a kink.
 """
 
+import builtins
 import csv
+import dis
 import functools
 import http.server
+import importlib
 import inspect
 import io
 import json
@@ -1774,14 +1777,31 @@ def test_any_number_of_workers_gives_the_same_bits(folder, glyphs):
     assert all(np.array_equal(a[key], b[key]) and np.array_equal(a[key], c[key]) for key in a)
 
 
-def test_a_dask_cluster_gives_the_same_bits(folder, glyphs, capsys):
+def test_a_dask_cluster_gives_the_same_bits_and_may_lose_a_worker(folder, glyphs):
     distributed = pytest.importorskip("distributed", reason="needs dask[distributed]")
-    assert command(*SPREAD, "--data", glyphs, "--save", "a.npz") == 0
+    images = [HERE / "maml.py", *SPREAD, "--data", glyphs, "--iterations", 150, "--log", "a.csv"]
+    walk = [HERE / "rl.py", *WALK, "--meta-batch", 12, "--iterations", 2]
+    for name, run in (("images", images), ("walk", walk)):
+        words = [sys.executable, *map(str, run), "--save", f"{name}.npz"]
+        assert subprocess.run(words, capture_output=True).returncode == 0
+    pathlib.Path("a.csv").unlink()
     with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
-        words = ["--data", glyphs, "--scheduler", cluster.scheduler_address, "--save", "b.npz"]
-        assert command(*SPREAD, *words) == 0
-    a, b = arrays("a.npz"), arrays("b.npz")
-    assert all(np.array_equal(a[key], b[key]) for key in a)
+        for name, run in (("images", images), ("walk", walk)):
+            words = [*map(str, run), "--scheduler", cluster.scheduler_address, "--save", f"{name}-dask.npz"]
+            process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
+            if name == "images":
+                wait_for(lambda: pathlib.Path("a.csv").exists(), process)
+                time.sleep(0.5)
+                os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)
+            assert process.wait(timeout=120) == 0, process.stderr.read()
+            a, b = arrays(f"{name}.npz"), arrays(f"{name}-dask.npz")
+            assert all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def test_no_scheduler_and_no_dask_are_one_line(monkeypatch, capsys, glyphs):
@@ -1875,6 +1895,20 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(folder, monkeypatch
 def check_same_run():
     whole, resumed = arrays("whole.npz"), arrays("a.npz")
     assert all(np.array_equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_two_runs_that_save_to_one_file_leave_a_whole_checkpoint_at_all_times(folder, monkeypatch):
+    script = "import maml, sys; maml.Experiment.save_every = 1; sys.exit(maml.main())"
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    words = [*map(str, QUICK), "--iterations", "150", "--eval-shots", "2", "--save", "a.npz", "--seed"]
+    runs = [subprocess.Popen([sys.executable, "-c", script, *words, seed]) for seed in "01"]
+    seeds, deadline = set(), time.monotonic() + 60
+    while any(run.poll() is None for run in runs) and time.monotonic() < deadline:
+        if pathlib.Path("a.npz").exists():
+            seeds.add(maml.load_checkpoint("a.npz", maml.COMMAND)[0]["seed"])
+    assert [run.wait() for run in runs] == [0, 0] and seeds == {0, 1}
+    assert maml.load_checkpoint("a.npz", maml.COMMAND)[1].iteration == 150
+    assert os.listdir() == ["a.npz"]
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(folder):
@@ -2299,6 +2333,45 @@ def test_readme_quotes_the_source():
     page = next(block for block in blocks("python") if block.startswith("def adapt"))
     functions = (maml.adapt, maml.meta_loss, maml.meta_gradient)
     assert page == "\n\n".join(inspect.getsource(function) for function in functions)
+
+
+OUTSIDE = {
+    "np": np,
+    "anp": anp,
+    "grad": grad,
+    "make_vjp": maml.make_vjp,
+    "partial": partial,
+    "mmap": tasks.mmap,
+}
+OUTSIDE |= {"value_and_grad": maml.value_and_grad, "NamedTuple": maml.NamedTuple}
+
+
+def globals_of(code):
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return found.union(*(globals_of(inner) for inner in code.co_consts if inspect.iscode(inner)))
+
+
+def test_readme_says_what_a_function_needs_to_be_copied_out():
+    _, table = README.split("**Copying a function out.**")
+    rows = re.findall(r"^\| (`.*`) \| (`.*`|nothing) \|$", table.partition("The licence")[0], re.MULTILINE)
+    ticked, copied = re.compile("`([^`]+)`"), {}
+    for row in rows:
+        functions, needs = map(ticked.findall, row)
+        module = importlib.import_module(functions[0].partition(".")[0] if "." in functions[0] else "maml")
+        for function in functions:
+            names = [*needs, function.rpartition(".")[2]]
+            source = "\n".join(inspect.getsource(getattr(module, name)) for name in names)
+            copied[function] = dict(OUTSIDE)
+            exec(source, copied[function])
+            used = globals_of(compile(source, function, "exec"))
+            assert used <= {*copied[function], *dir(builtins), "__annotations__"}, function
+            assert set(names[:-1]) <= used, function
+    assert len(copied) > 25
+    p = Problem(0, (1, 4, 1), 2, 3, 3, False, False)
+    args = p.theta, p.support, p.query, 0.1, 2
+    for name in ("meta_gradient", "meta_gradient_by_definition", "meta_gradient_recomputed"):
+        found = copied[name][name](p.loss, *args)[1]
+        assert np.array_equal(found, getattr(maml, name)(p.loss, *args)[1])
 
 
 def test_readme_examples_run():
