@@ -634,9 +634,12 @@ def _wide(w, a):
     return np.tile(a, w)[:, None]
 
 
+BLOCK = 1 << 19  # numbers that stay in the cache
+
+
 def _image_cuts(x, times=1):
     """Cuts of axis 1 into images so few that `times` their numbers stay in the cache."""
-    size = max(1, (1 << 19) // (times * x[:, 0].size))
+    size = max(1, BLOCK // (times * x[:, 0].size))
     return [slice(start, start + size) for start in range(0, x.shape[1], size)]
 
 

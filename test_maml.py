@@ -294,6 +294,20 @@ def test_convolutional_closed_forms_equal_finite_differences(pool, shape):
     assert error(hvp(v), (plus[1] - minus[1]) / (2 * step)) < 1e-6
 
 
+@pytest.mark.parametrize("pool, shape", [(False, (9, 8, 1)), (True, (17, 18, 3))])
+def test_images_one_at_a_time_give_what_all_at_once_give(monkeypatch, pool, shape):
+    rng = np.random.default_rng(0)
+    network = nets.convnet(shape, 2, filters=3, pool=pool)
+    loss, theta = nets.cross_entropy(network), network.init(rng, np.float64)
+    x, y = rng.random((2, 5, *shape)), np.eye(2)[rng.integers(2, size=(2, 5))]
+    v, found = rng.normal(size=(2, network.size)), []
+    for block in (1, nets.BLOCK):
+        monkeypatch.setattr(nets, "BLOCK", block)
+        value, g, hvp = loss.expand(theta, x, y)
+        found.append((value, g, hvp(v), hvp(v, total=True), loss.value_and_grad(theta, x, y)[1]))
+    assert all(error(a, b) < 1e-12 for a, b in zip(*found))
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(7, 7), (4, 9), (1, 2), (28, 3)])
 def test_convolution_and_its_adjoint(stride, size):
