@@ -2398,11 +2398,11 @@ def test_readme_commands_are_understood():
     lines = [
         line.split("#")[0].split("&&")[-1].strip() for block in blocks("bash") for line in block.splitlines()
     ]
-    commands = [shlex.split(line)[2:] for line in lines if line.startswith("python maml.py")]
-    assert len(commands) > 8
-    for words in commands:
+    commands = [shlex.split(line)[1:] for line in lines if re.match(r"python (maml|rl).py", line)]
+    assert len(commands) > 20
+    for name, *words in commands:
         if "--help" not in words:
-            maml.build_parser().parse_args(words)
+            {"maml.py": maml, "rl.py": rl}[name].build_parser().parse_args(words)
 
 
 def test_readme_counts_lines():
