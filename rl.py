@@ -18,6 +18,7 @@ F_i the Fisher matrix of the adapted policy: exact, with no third derivative, as
 import functools
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -627,16 +628,17 @@ class Experiment:
         return zip(*self.threads(step, theta, *zip(*batches)))
 
     def meta_iteration(self, theta, rng):
-        """One outer update: -> theta, (return before, return after adaptation, KL, backtracks)."""
+        """One outer update: -> theta, (return before, return after, KL, backtracks, steps taken)."""
         s, alpha = self.settings, self.alpha
         task = self.goals(rng, s["meta_batch"]), s["trajectories"]
         adapted, supports, products = [theta[None]] * s["meta_batch"], [], []
         episodes, batches = self.sample(*task, adapted, rng)
-        before = episodes.returns().mean()
+        before, taken = episodes.returns().mean(), episodes.mask.sum()
         for _ in range(s["steps"]):
             adapted, hvps = self.adapt(adapted, batches, alpha)
             supports, products = [*supports, batches], [*products, hvps]
             episodes, batches = self.sample(*task, adapted, rng)
+            taken += episodes.mask.sum()
         after = episodes.returns().mean()
         masks = np.split(episodes.mask, len(batches))
         olds = list(self.threads(self.policy.apply, adapted, next(zip(*batches))))
@@ -662,26 +664,32 @@ class Experiment:
         theta, tries, divergence = trust_region_step(
             theta, value, gradient, product, objective, *(s[name] for name in names)
         )
-        return theta, (before, after, divergence, tries)
+        return theta, (before, after, divergence, tries, taken)
 
     def train(self, state, rng, iterations):
-        """Meta-iterations, up to `iterations` in all: yields (State, what `meta_iteration` reports)."""
+        """Meta-iterations, up to `iterations` in all: yields (State, what `meta_iteration` reports).
+
+        In the place of the steps taken that is steps a second.
+        """
         theta, iteration = state
         while iteration < iterations:
+            began = time.monotonic()
             try:
-                theta, outcome = self.meta_iteration(theta, rng)
+                theta, (*outcome, taken) = self.meta_iteration(theta, rng)
             except (FloatingPointError, np.linalg.LinAlgError) as error:
                 raise FloatingPointError(f"{error} (iteration {iteration + 1})") from None
             iteration += 1
-            yield State(theta, iteration), outcome
+            yield State(theta, iteration), (*outcome, taken / (time.monotonic() - began))
 
     def measure(self, state, outcome):
         """-> a row of the log, the line of progress, and the validation score or None."""
+        *outcome, speed = outcome
         before, after, divergence, tries = outcome
         due = state.iteration % VALIDATE_EVERY == 0 or state.iteration == self.settings["iterations"]
         score = self.score(state.theta) if due else None
         text = f"return {before:.1f} before, {after:.1f} after adaptation, KL {divergence:.4f}, "
         text += f"{tries} backtracks" if tries < self.settings["tries"] else "no step accepted: theta kept"
+        text += f", {speed:.3g} env-steps/s"
         return (*outcome, "" if score is None else score), text, score
 
     def score(self, theta):
