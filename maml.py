@@ -278,7 +278,7 @@ def chunks(support, query, size):
 
 
 def one_blas_thread():
-    """Keeps the OpenBLAS of NumPy's wheels to one thread, and glibc to one heap that it keeps; else, nothing.
+    """Keeps the OpenBLAS of NumPy's wheels to one thread, and glibc to one heap, which it keeps.
 
     A task's products are too small to share between cores, and where another process has one of the cores
     OpenBLAS's threads wait for each other up to 50 times as long as one takes. What runs in parallel is
@@ -444,6 +444,10 @@ class Experiment:
         """A meta-batch of `count` tasks for a purpose."""
         return tasks.sinusoid(rng, count, shots, query, self.oracle, np.dtype(self.settings["dtype"]))
 
+    def dealt(self, purpose, rng, count, shots, query):
+        """Tasks to evaluate on, and the map that computes them."""
+        return self.draw(purpose, rng, count, shots, query), self.map
+
     def eval_query(self, shots):
         """Query examples of a test task."""
         return EVAL_QUERY
@@ -524,10 +528,8 @@ class Experiment:
         theta, alpha = self.adaptation(learned)
         rng, columns = self.stream(purpose), []
         for done in range(0, count, self.block):
-            batch = self.draw(purpose, rng, min(self.block, count - done), shots, query)
-            columns.append(
-                evaluate(self.loss, theta, *batch, alpha, steps, self.metric, self.chunk, self.map)
-            )
+            batch, map = self.dealt(purpose, rng, min(self.block, count - done), shots, query)
+            columns.append(evaluate(self.loss, theta, *batch, alpha, steps, self.metric, self.chunk, map))
         return np.concatenate(columns, axis=1)
 
 
@@ -585,6 +587,11 @@ class ImageExperiment(Experiment):
         dtype = np.dtype(self.settings["dtype"])
         return partial(tasks.gather, self.images[SPLITS[purpose]], shots=shots, dtype=dtype)
 
+    def dealt(self, purpose, rng, count, shots, query):
+        """Indices again: whoever computes a chunk gathers its images."""
+        indices, gathered = self.indices(purpose, rng, count, shots, query), self.gathered(purpose, shots)
+        return indices, lambda one, *columns: self.map(partial(on_gathered, gathered, one), *columns)
+
     def eval_query(self, shots):
         return shots
 
@@ -637,9 +644,9 @@ def _perceptron(shape, ways):
     return nets.mlp((math.prod(shape), 256, 128, 64, 64, ways), normalize=True)
 
 
-def on_gathered(gathered, function, theta, indices, turns):
-    """function(theta, support, query) on the pixels that the indices mean."""
-    return function(theta, *gathered(indices, turns))
+def on_gathered(gathered, function, *arguments):
+    """function(..., support, query) on the pixels that the last two arguments, indices and turns, mean."""
+    return function(*arguments[:-2], *gathered(*arguments[-2:]))
 
 
 def accuracy(network, theta, x, y):
