@@ -228,7 +228,7 @@ def _speakable(name):
 
 
 def _reason(error):
-    return " ".join(str(error).split())[:120]
+    return " ".join(str(error).split())[:300]
 
 
 def _read(file, limit):

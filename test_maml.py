@@ -717,7 +717,7 @@ def one_line_at_most(*errors):
     try:
         yield
     except errors as error:
-        assert "\n" not in str(error) and len(str(error)) < 400
+        assert "\n" not in str(error) and len(str(error)) < 600
 
 
 # Drawn data
