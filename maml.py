@@ -557,21 +557,22 @@ class ImageExperiment(Experiment):
             self.clip = 10 * settings["shots"] / (ways * settings["query"])
 
     def open(self, path):
-        task = self.settings["task"]
+        s = self.settings
+        path, own = path or f"data/{s['task']}", path is None
         try:
-            if path is None and task == "omniglot":
-                path = "data/omniglot"
-                if not os.path.exists(path):
+            if s["task"] == "omniglot":
+                if own and not os.path.isdir(os.path.join(path, "images_background")):
                     tasks.download_omniglot(path)
-            if task == "omniglot":
                 self.images = tasks.load_omniglot(path)
             else:
-                each = self.settings["shots"] + self.settings["query"]
-                self.images = tasks.load_miniimagenet(path or "data/miniimagenet", each)
-            for purpose in STREAMS[:3]:
-                self.draw(purpose, self.stream(purpose), 1, self.settings["shots"], self.settings["query"])
+                self.images = tasks.load_miniimagenet(path, s["shots"] + s["query"])
         except (OSError, ValueError) as error:
             raise Unusable(" ".join(str(error).split()))
+        for purpose in STREAMS[:3]:
+            try:
+                self.draw(purpose, self.stream(purpose), 1, s["shots"], s["query"])
+            except ValueError as error:
+                raise Unusable(f"{path}, {SPLITS[purpose]}: {error}")
 
     def draw(self, purpose, rng, count, shots, query):
         return self.gathered(purpose, shots)(*self.indices(purpose, rng, count, shots, query))

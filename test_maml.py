@@ -1172,6 +1172,22 @@ def test_a_failed_download_says_what_to_fetch_and_leaves_nothing(tmp_path, url, 
     assert "\n" not in str(caught.value) and os.listdir(tmp_path) == []
 
 
+def test_the_command_fetches_what_its_own_folder_lacks_and_tries_again(folder, monkeypatch, capsys):
+    def fetch(path):
+        calls.append(path)
+        if len(calls) == 1:
+            pathlib.Path(path).mkdir(parents=True)
+            raise ValueError("no network")
+        zipped(pathlib.Path(path), drawn(40, 3)[0])
+
+    calls = []
+    monkeypatch.setattr(tasks, "download_omniglot", fetch)
+    words = "--task omniglot --ways 2 --net mlp --baseline nearest --eval-tasks 2".split()
+    assert command(*words) == 2 and capsys.readouterr().err == "maml.py: no network\n"
+    assert command(*words) == 0 and calls == ["data/omniglot"] * 2
+    assert command(*words, "--data", "nowhere") == 2 and len(calls) == 2
+
+
 def test_a_download_without_end_is_cut_off(capsys):
     with pytest.raises(ValueError, match="more than 100 bytes"):
         tasks._copy(io.BytesIO(bytes(1000)), io.BytesIO(), "a.zip", limit=100)
