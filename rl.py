@@ -866,15 +866,17 @@ def plot(models, curves, path):
 
 def plot_paths(canvas, models):
     """Paths before and after adaptation on three test goals, a row a model."""
+    shown = {0: ("before", "#95a5a6"), 1: ("after 1 step", "#5dade2"), 3: ("after 3 steps", "#1a5276")}
     for row, (experiment, learned) in zip(canvas.subplots(len(models), 3, squeeze=False), models):
-        rng, s, goals = experiment.stream("test"), experiment.settings, experiment.goals(None, 3)
+        s, rng, goals = experiment.settings, experiment.stream("test"), experiment.goals(None, 3)
         adapted, kept = [learned[None]] * 3, []
-        for _ in range(2):
+        for step in range(4):
             episodes, batches = experiment.sample(goals, s["trajectories"], adapted, rng)
-            kept.append(episodes)
-            adapted, _ = experiment.adapt(adapted, batches, experiment.alpha)
+            kept += [(*shown[step], episodes)] if step in shown else []
+            alpha = experiment.alpha * (TASKS[s["task"]]["eval_shrink"] if step else 1)
+            adapted, _ = experiment.adapt(adapted, batches, alpha)
         for column, (axes, goal) in enumerate(zip(row, goals)):
-            for episodes, color, name in zip(kept, ("#95a5a6", "#1a5276"), ("before", "after 1 step")):
+            for name, color, episodes in kept:
                 for i in range(3):
                     steps = int(episodes.mask[column, i].sum())
                     path = episodes.observations[column, i, :steps, :2]
@@ -884,7 +886,7 @@ def plot_paths(canvas, models):
             axes.set(xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), aspect="equal")
             axes.set_title(s["method"] if column == 0 else "", loc="left", fontsize=10)
     canvas.legend(
-        *axes.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower left", frameon=False
+        *axes.get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower left", frameon=False
     )
 
 
