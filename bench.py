@@ -8,6 +8,7 @@ speed drifts slows all alike. Ratios above 1 mean that ours is faster.
 
 import importlib
 import os
+import pickle
 import platform
 import sys
 import time
@@ -505,7 +506,8 @@ def scaling():
                 return experiment.sample(goals, 20, [theta[None]] * 40, rng)[0].observations
 
             compute[task] = speed_up(f"{task}, sampling, processes", sample, both) / 40
-            traffic[task] = 4 * theta.size + 2 * sample(map).nbytes / 40
+            one = rl.sampled(experiment.settings, experiment.policy, 20, goals[:1], theta[None], 0)
+            traffic[task] = 4 * theta.size + len(pickle.dumps(one))
     with maml.process_pool(1) as pool:
         alone = partial(maml.pool_map, pool, 1)
         times = milliseconds({"here": partial(gradient, map), "there": partial(gradient, alone)}, blocks=9)
