@@ -39,6 +39,8 @@ def adapt(loss, theta, support, alpha, steps):
     """theta_{s+1} = theta_s - alpha ∇L(theta_s; support), s = 0 ... steps - 1: eq. (1), from theta_0 = theta.
 
     theta [P] or [T, P]; alpha a number or an array [P] -> theta_steps [T, P]. Autograd can trace it.
+
+    Needs gradient, _checked, _per_task, _one_each.
     """
     alpha = _checked(theta, support, alpha, steps)
     for _ in range(steps):
@@ -47,7 +49,10 @@ def adapt(loss, theta, support, alpha, steps):
 
 
 def meta_loss(loss, theta, support, query, alpha, steps):
-    """mean over tasks of L(adapt(theta, support); query): the objective of eq. (2)-(3), over T."""
+    """mean over tasks of L(adapt(theta, support); query): the objective of eq. (2)-(3), over T.
+
+    Needs adapt, gradient, _checked, _per_task, _one_each.
+    """
     return anp.mean(loss(adapt(loss, theta, support, alpha, steps), *query))
 
 
@@ -56,6 +61,8 @@ def meta_gradient_by_definition(loss, theta, support, query, alpha, steps):
 
     The reference for everything below: it calls the loss alone, none of its closed forms. Its graph
     keeps every intermediate result of every step.
+
+    Needs meta_loss, adapt, gradient, _checked, _per_task, _one_each.
     """
     return value_and_grad(
         lambda theta: meta_loss(lambda *data: loss(*data), theta, support, query, alpha, steps)
@@ -75,6 +82,8 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
 
     theta [P]; alpha a number or [P]. order=1 drops every H (first-order MAML). Costs steps + 1 gradients
     and `steps` Hessian-vector products, and keeps of a step its gradient and what its product reads.
+
+    Needs unroll, expand, value_and_gradient, gradient, _checked, _per_task, _one_each.
     """
     alpha = _checked(theta, support, alpha, steps)
     theta, trail = unroll(loss, theta, support, alpha, steps)
@@ -92,6 +101,8 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
 
     What their products read is kept of the last `kept` steps; of those before it is computed anew: one
     gradient a step more.
+
+    Needs unroll, expand, value_and_gradient, gradient, _checked, _per_task, _one_each.
     """
     alpha = _checked(theta, support, alpha, steps)
     thetas = [theta]
@@ -156,6 +167,8 @@ def meta_sgd_gradient(loss, theta_alpha, support, query, steps):
     """Meta-SGD (Li et al. 2017): alpha [P] is learned with theta; ∂/∂alpha = -Σ_s v_{s+1} ⊙ ∇L(theta_s).
 
     theta_alpha = [theta, alpha], [2P] -> value, gradient [2P], means over tasks.
+
+    Needs unroll, expand, value_and_gradient, gradient, _per_task, _one_each.
     """
     theta, alpha = np.split(theta_alpha, 2)
     theta, trail = unroll(loss, theta, support, alpha, steps)
@@ -171,6 +184,8 @@ def reptile_gradient(loss, theta, support, query, alpha, steps):
     """Reptile (Nichol et al. 2018): the outer direction is theta - theta_S -> query loss at theta_S, [P].
 
     It needs no query set, so the inner steps see the examples of both. One step is joint training.
+
+    Needs adapt, gradient, _checked, _per_task, _one_each.
     """
     both = [np.concatenate(pair, axis=1) for pair in zip(support, query)]
     adapted = adapt(loss, theta, both, alpha, steps)
@@ -232,6 +247,8 @@ def adam(state, g, beta, b1=0.9, b2=0.999, eps=1e-8):
 
     m ← b1 m + (1 - b1) g, v ← b2 v + (1 - b2) g², t = 1, 2, ...; eps is added after the bias correction
     is taken out (Kingma & Ba's "epsilon hat"), as in the authors' code.
+
+    Needs State.
     """
     theta, m, v, t = state
     t += 1
@@ -248,6 +265,8 @@ def train(outer_gradient, sample, state, rng, beta, iterations, clip=np.inf, chu
     goes from state.iteration to `iterations`. FloatingPointError names the iteration whose loss or
     gradient is not finite; the state yielded last is still good. The gradient is clipped to ±clip, element by
     element; `chunk` and `map` as in `mean_over_chunks`.
+
+    Needs State, adam, mean_over_chunks, chunks.
     """
     while state.iteration < iterations:
         value, g = mean_over_chunks(outer_gradient, state.theta, *sample(rng), chunk, map)
@@ -299,6 +318,8 @@ def evaluate(loss, theta, support, query, alpha, steps, metric=None, chunk=None,
 
     The metric is the loss unless another is given, and is called as it: metric(theta, x, y) -> [T]. `chunk`
     and `map` as in `mean_over_chunks`.
+
+    Needs _curve, chunks, gradient, _checked, _per_task, _one_each.
     """
     alpha = _checked(theta, support, alpha, steps)
     one = partial(_curve, loss, theta, alpha=alpha, steps=steps, metric=metric or loss)

@@ -233,18 +233,27 @@ def log_density(out, action):
 
 
 def log_likelihood(out, action):
-    """log pi(action | s), [T, n]: the sum over the numbers of an action."""
+    """log pi(action | s), [T, n]: the sum over the numbers of an action.
+
+    Needs log_density, _halves.
+    """
     return anp.sum(log_density(out, action), axis=-1)
 
 
 def kl(old, new):
-    """KL(old ‖ new) = E_old[log pi_old - log pi_new] at each step, [T, n], of the policies' outputs."""
+    """KL(old ‖ new) = E_old[log pi_old - log pi_new] at each step, [T, n], of the policies' outputs.
+
+    Needs _halves.
+    """
     (m0, l0), (m1, l1) = _halves(old), _halves(new)
     return anp.sum(l1 - l0 + 0.5 * (anp.exp(2 * l0) + (m0 - m1) ** 2) * anp.exp(-2 * l1) - 0.5, axis=-1)
 
 
 def fisher(out):
-    """The Hessian of kl(out, ·) at out, diagonal: 1 / sigma² for a mean, 2 for a log_std; shaped as out."""
+    """The Hessian of kl(out, ·) at out, diagonal: 1 / sigma² for a mean, 2 for a log_std; shaped as out.
+
+    Needs _halves.
+    """
     _, log_std = _halves(out)
     return np.concatenate([np.exp(-2 * log_std), np.full_like(log_std, 2)], axis=-1)
 
@@ -254,6 +263,8 @@ class PolicyGradient:
 
     With w = advantage / steps it is the loss of the inner update, and its gradient by theta' is minus that of
     the surrogate mean of pi_theta' / pi_old A at pi_old = pi_theta', where the ratio is 1.
+
+    Needs log_density, _halves.
     """
 
     def value(self, out, y):
@@ -294,6 +305,8 @@ def rollout(environment, policy, theta, rng):
     """Trajectories of pi_theta, theta [P] or [T, P], in all tasks at once -> Episodes, in theta's dtype.
 
     A trajectory's last step is the one that the environment calls done, or the horizon's.
+
+    Needs Episodes, _halves.
     """
     observation = environment.reset(rng).astype(theta.dtype)
     tasks, trajectories = observation.shape[:2]
@@ -341,6 +354,8 @@ def baseline(observations, targets, mask, ridge=1e-5):
 
     w = (ΦᵀΦ + ridge I)⁻¹ Φᵀ targets over a task's steps, by one batched solve; where that is not finite the
     ridge is made ten times larger, up to five times.
+
+    Needs features.
     """
     phi = features(observations) * mask[..., None]
     phi = phi.reshape(len(phi), -1, phi.shape[-1])
@@ -359,6 +374,8 @@ def advantages(rewards, values, mask, discount, lam):
 
     V is 0 after the last step, at the horizon too. Normalised over a task's steps to mean 0 and (population)
     standard deviation 1.
+
+    Needs discounted.
     """
     following = np.concatenate([values[..., 1:], np.zeros_like(values[..., :1])], axis=-1)
     a = discounted((rewards + discount * following - values) * mask, discount * lam)
@@ -368,7 +385,10 @@ def advantages(rewards, values, mask, discount, lam):
 
 
 def batch_of(episodes, discount, lam):
-    """Episodes as data for `PolicyGradient`: x [T, n, d], y [T, n, 2a] = [a, A / steps], 0 where mask is."""
+    """Episodes as data for `PolicyGradient`: x [T, n, d], y [T, n, 2a] = [a, A / steps], 0 where mask is.
+
+    Needs baseline, features, advantages, discounted.
+    """
     observations, actions, rewards, mask = episodes
     values = baseline(observations, discounted(rewards, discount), mask)
     a = advantages(rewards, values, mask, discount, lam)
@@ -392,6 +412,8 @@ def expand_outer(loss, alpha, order, theta, hvps, x, y, mask):
     theta [T, P] are the adapted parameters, hvps the inner steps' products in their order, (x, y) the steps
     of the adapted policies. J u = (I - alpha H_S) ... (I - alpha H_1) u; order=1 takes J = I. The loss is
     minus the surrogate, where the ratio is 1; F_i is a mean over the steps of a task.
+
+    Needs fisher, _halves.
     """
     hvps = hvps if order == 2 else []
     out, backward = loss.network.forward(theta, x)
@@ -449,6 +471,8 @@ def trust_region_step(theta, value, gradient, product, objective, max_kl, cg_ste
 
     step = sqrt(2 max_kl / xᵀAx) x with A x = gradient, A = product + damping I. value is the loss at theta,
     and objective(theta) -> loss, kl. Where no j < tries will do, theta stays and j = tries.
+
+    Needs conjugate_gradient.
     """
     x, residual = conjugate_gradient(lambda v: product(v) + damping * v, gradient, cg_steps)
     if not np.isfinite(x).all():

@@ -64,6 +64,8 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
     its task, then shots + query_shots distinct images of each: uniformly, all without replacement. Examples
     come class by class. `rotate` turns each class of each task by its own uniform multiple of 90 degrees, the
     same for support and query (paper, section 5.2). ValueError where there are too few classes or images.
+
+    Needs draw, gather, _distinct, _labelled, _forget_pages.
     """
     drawn = draw(rng, images.shape, tasks, ways, shots, query_shots, rotate)
     return gather(images, *drawn, shots, dtype)

@@ -2381,21 +2381,20 @@ def globals_of(code):
     return found.union(*(globals_of(inner) for inner in code.co_consts if inspect.iscode(inner)))
 
 
-def test_readme_says_what_a_function_needs_to_be_copied_out():
-    _, table = README.split("**Copying a function out.**")
-    rows = re.findall(r"^\| (`.*`) \| (`.*`|nothing) \|$", table.partition("The licence")[0], re.MULTILINE)
-    ticked, copied = re.compile("`([^`]+)`"), {}
-    for row in rows:
-        functions, needs = map(ticked.findall, row)
-        module = importlib.import_module(functions[0].partition(".")[0] if "." in functions[0] else "maml")
-        for function in functions:
-            names = [*needs, function.rpartition(".")[2]]
-            source = "\n".join(inspect.getsource(getattr(module, name)) for name in names)
-            copied[function] = dict(OUTSIDE)
-            exec(source, copied[function])
-            used = globals_of(compile(source, function, "exec"))
-            assert used <= {*copied[function], *dir(builtins), "__annotations__"}, function
-            assert set(names[:-1]) <= used, function
+def test_a_function_can_be_copied_out_with_what_its_docstring_needs():
+    paragraph = README.partition("**Copying a function out.**")[2].partition("Networks and losses")[0]
+    copied = {}
+    for function in re.findall("`([^`]+)`", paragraph.partition(":\n\n")[2]):
+        module, _, name = function.rpartition(".")
+        module = importlib.import_module(module or "maml")
+        line = re.search(r"^ +Needs (.*)\.$", getattr(module, name).__doc__, re.MULTILINE)
+        needs = line.group(1).split(", ") if line else []
+        source = "\n".join(inspect.getsource(getattr(module, part)) for part in [*needs, name])
+        copied[function] = dict(OUTSIDE)
+        exec(source, copied[function])
+        used = globals_of(compile(source, function, "exec"))
+        assert used <= {*copied[function], *dir(builtins), "__annotations__"}, function
+        assert set(needs) <= used, function
     assert len(copied) > 25
     p = Problem(0, (1, 4, 1), 2, 3, 3, False, False)
     args = p.theta, p.support, p.query, 0.1, 2
