@@ -625,13 +625,16 @@ def test_recomputed_memory_hardly_grows_with_the_steps():
 
 RESIDENT = """
 import sys, numpy as np, maml, tasks
+from concurrent.futures import ThreadPoolExecutor
 maml.one_blas_thread()
 flags = ["--task", "omniglot", "--ways", "20", "--steps", sys.argv[1]]
 experiment = maml.experiment_of(maml.settings_of(maml.build_parser().parse_args(flags)))
 rng = np.random.default_rng(0)
 experiment.images = {"train": rng.integers(256, size=(40, 2, 28, 28, 1)).astype(np.uint8)}
 batch, theta = experiment.indices("training", rng, 4, 1, 1), experiment.network.init(rng)
-maml.mean_over_chunks(experiment.outer_gradient(), theta, *batch, experiment.chunk, experiment.map)
+threads = ThreadPoolExecutor(2).map
+for _ in range(30 // experiment.settings["steps"]):  # until both threads were at their peaks at once
+    maml.mean_over_chunks(experiment.outer_gradient(), theta, *batch, experiment.chunk, threads)
 print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
 """
 
