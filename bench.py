@@ -395,8 +395,7 @@ def reinforcement():
     columns = "loops, autograd", "torch"
     header(columns)
     for hidden in (64, 100):
-        words = ["--task", "navigation", "--meta-batch", "20", "--hidden", str(hidden)]
-        experiment = rl.Experiment(rl.settings_of(rl.build_parser().parse_args(words)))
+        experiment = rl_experiment("navigation", "--meta-batch", "20", "--hidden", str(hidden))
         policy, count, trajectories = experiment.policy, 20, 20
         rng = np.random.default_rng(0)
         theta, goals = policy.init(rng), experiment.goals(rng, count)
@@ -459,9 +458,8 @@ def image_meta_iteration(*words):
     """-> the experiment on random images, and its outer gradient under a map."""
     experiment = maml.experiment_of(maml.settings_of(maml.build_parser().parse_args(words)))
     rng, shape = np.random.default_rng(0), experiment.network.inputs
-    experiment.file = tempfile.NamedTemporaryFile(
-        suffix=".npy"
-    )  # mapped by whoever computes, as data sets are
+    # A file, for whoever computes to map, as a data set is.
+    experiment.file = tempfile.NamedTemporaryFile(suffix=".npy")
     np.save(experiment.file, rng.integers(256, size=(64, 20, *shape)).astype(np.uint8))
     experiment.file.flush()
     experiment.images = {"train": np.lib.format.open_memmap(experiment.file.name, "r").view(tasks.Mapped)}
@@ -469,8 +467,8 @@ def image_meta_iteration(*words):
     return experiment, lambda map: maml.mean_over_chunks(gradient, theta, *batch, experiment.chunk, map)[1]
 
 
-def rl_experiment(task):
-    return rl.Experiment(rl.settings_of(rl.build_parser().parse_args(["--task", task])))
+def rl_experiment(task, *words):
+    return rl.Experiment(rl.settings_of(rl.build_parser().parse_args(["--task", task, *words])))
 
 
 def speed_up(label, call, many):

@@ -110,13 +110,10 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
         thetas.append(thetas[-1] - alpha * gradient(loss, thetas[-1], *support))
     theta, trail = unroll(loss, thetas.pop(), support, alpha, min(kept, steps))
     value, v = value_and_gradient(loss, theta, *query)
-    while trail:
-        _, hvp = trail.pop()
-        v = v - hvp(alpha * v)
-        del hvp
+    while trail:  # no name for a product, so that each is gone before the next is there
+        v = v - trail.pop()[1](alpha * v)
     while thetas:
-        _, _, hvp = expand(loss, thetas.pop(), *support)
-        v = v - hvp(alpha * v)
+        v = v - expand(loss, thetas.pop(), *support)[2](alpha * v)
     return value.mean(), v.mean(axis=0)
 
 
@@ -588,7 +585,7 @@ class ImageExperiment(Experiment):
             else:
                 self.images = tasks.load_miniimagenet(path, s["shots"] + s["query"])
         except (OSError, ValueError) as error:
-            raise Unusable(" ".join(str(error).split()))
+            raise Unusable(tasks.one_line(error))
         for purpose in STREAMS[:3]:
             try:
                 self.draw(purpose, self.stream(purpose), 1, s["shots"], s["query"])
@@ -771,7 +768,7 @@ def load_checkpoint(path, command):
     except FileNotFoundError:
         raise Unusable(f"{path}: there is no such file; name a checkpoint that --save wrote")
     except Exception as error:  # whatever the bytes hold
-        reason = " ".join(str(error).split())[:120]
+        reason = tasks.one_line(error)
         raise Unusable(f"{path}: not a whole checkpoint ({reason}); name a file that --save wrote")
     for name, found in kept.items():
         if (found.shape, found.dtype) != expected:
@@ -1062,7 +1059,7 @@ def dask_client(address, command):
     try:
         client = Client(address, timeout=10)
     except Exception as error:  # whatever the address says
-        reason = " ".join(str(error).split())[:120]
+        reason = tasks.one_line(error)
         raise Unusable(
             f"--scheduler {address}: no scheduler answers ({reason}); start one with dask scheduler"
         )
@@ -1323,6 +1320,27 @@ def plot(models, curves, _):
     tasks_shown = 3
     canvas = Figure(figsize=(13, 2.7 * len(models) + 1.2), layout="constrained")
     grid = canvas.add_gridspec(len(models), tasks_shown + 1, width_ratios=[1] * tasks_shown + [1.25])
+    lines = plot_fits(canvas, grid, models, tasks_shown)
+    canvas.legend(*lines, fontsize=8, ncols=5, loc="outside lower left", frameon=False)
+    axes = canvas.add_subplot(grid[:, -1])
+    methods, sizes = (list(dict.fromkeys(column)) for column in list(zip(*curves))[:2])
+    for method, shots, rows in curves:
+        mean, ci95 = (np.array([r[key] for r in rows]) for key in ("mean", "ci95"))
+        style = dict(color=f"C{sizes.index(shots)}", marker="osv^D*PX"[methods.index(method) % 8])
+        (drawn,) = axes.plot(mean, ms=4, lw=1.2, label=f"{method}, K = {shots}", **style)
+        axes.fill_between(
+            range(len(rows)), mean - ci95, mean + ci95, color=drawn.get_color(), alpha=0.15, lw=0
+        )
+    axes.set(xlabel="gradient steps", ylabel="query MSE", yscale="log")
+    axes.set_ylim(top=min(axes.get_ylim()[1], 3 * max(rows[0]["mean"] for _, _, rows in curves)))
+    axes.set_title("error on unseen tasks, mean and 95 % interval", loc="left", fontsize=10)
+    lines = axes.get_legend_handles_labels()
+    canvas.legend(*lines, fontsize=8, ncols=len(methods), loc="outside lower right", frameon=False)
+    return canvas
+
+
+def plot_fits(canvas, grid, models, tasks_shown):
+    """Test sinusoids before and after adaptation, a row a model -> the legend's handles and names."""
     for row, (experiment, learned) in enumerate(models):
         shots, line = experiment.settings["shots"], np.linspace(-5, 5, 200)
         theta, alpha = experiment.adaptation(learned)
@@ -1356,23 +1374,7 @@ def plot(models, curves, _):
             axes.set_title(
                 f"{experiment.method}, K = {shots}" if column == 0 else "", loc="left", fontsize=10
             )
-            lines = axes.get_legend_handles_labels()
-    canvas.legend(*lines, fontsize=8, ncols=5, loc="outside lower left", frameon=False)
-    axes = canvas.add_subplot(grid[:, -1])
-    methods, sizes = (list(dict.fromkeys(column)) for column in list(zip(*curves))[:2])
-    for method, shots, rows in curves:
-        mean, ci95 = (np.array([r[key] for r in rows]) for key in ("mean", "ci95"))
-        style = dict(color=f"C{sizes.index(shots)}", marker="osv^D*PX"[methods.index(method) % 8])
-        (drawn,) = axes.plot(mean, ms=4, lw=1.2, label=f"{method}, K = {shots}", **style)
-        axes.fill_between(
-            range(len(rows)), mean - ci95, mean + ci95, color=drawn.get_color(), alpha=0.15, lw=0
-        )
-    axes.set(xlabel="gradient steps", ylabel="query MSE", yscale="log")
-    axes.set_ylim(top=min(axes.get_ylim()[1], 3 * max(rows[0]["mean"] for _, _, rows in curves)))
-    axes.set_title("error on unseen tasks, mean and 95 % interval", loc="left", fontsize=10)
-    lines = axes.get_legend_handles_labels()
-    canvas.legend(*lines, fontsize=8, ncols=len(methods), loc="outside lower right", frameon=False)
-    return canvas
+    return axes.get_legend_handles_labels()
 
 
 def plot_images(models, curves, log):

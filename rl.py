@@ -930,34 +930,30 @@ def filmed(experiment, learned):
         with maml.process_pool(1) as pool:
             frames = pool.submit(pictures, experiment.settings, experiment.policy, *adapted, goals).result()
     except Exception as error:  # whatever the driver says
-        print(f"--plot: no pictures of the body ({' '.join(str(error).split())[:120]})", file=sys.stderr)
+        print(f"--plot: no pictures of the body ({maml.tasks.one_line(error)})", file=sys.stderr)
         return None
     settings = experiment.settings
     return f"{settings['task']}, {settings['method']}, goal {goals[0]:.3g}, after 1 step", frames
 
 
-class _Filmed(Locomotion):
-    """Keeps the state before each step."""
-
-    def step(self, actions):
-        self.film = [*getattr(self, "film", []), self.states[0].copy()]
-        return super().step(actions)
-
-
 def pictures(settings, policy, theta, goals, count=6):
     """`count` moments of a trajectory of pi_theta, theta [1, P]: [(seconds, metres, picture [h, w, 3])]."""
-    environment = _Filmed(settings["task"], goals, 1, settings["method"] == "oracle", settings["frame_skip"])
-    environment.horizon = settings["horizon"]
-    rollout(environment, policy, theta, np.random.default_rng(settings["seed"]))
+    environment, seed = environment_of(settings, goals, 1), settings["seed"]
+    episodes = rollout(environment, policy, theta, np.random.default_rng(seed))
+    environment.reset(np.random.default_rng(seed))
+    states = []
+    for t in range(int(episodes.mask.sum())):
+        states.append(environment.states[0].copy())
+        environment.step(episodes.actions[:, :, t])
     mujoco, model, simulation = environment.mujoco, environment.model, environment.simulation
     frames = []
     with mujoco.Renderer(model, 200, 300) as renderer:
-        for t in np.linspace(0, len(environment.film) - 1, count).astype(int):
-            mujoco.mj_setState(model, simulation, environment.film[t], environment.kept)
+        for t in np.linspace(0, len(states) - 1, count).astype(int):
+            mujoco.mj_setState(model, simulation, states[t], environment.kept)
             mujoco.mj_forward(model, simulation)
             renderer.update_scene(simulation, camera="track")
             seconds = t * model.opt.timestep * settings["frame_skip"]
-            frames.append((seconds, environment.film[t][0], renderer.render()))
+            frames.append((seconds, states[t][0], renderer.render()))
     return frames
 
 

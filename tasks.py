@@ -197,7 +197,7 @@ def _part(path, part):
     if file.is_file():
         data = _read(file, 1 << 24)
         return hashlib.sha256(data).hexdigest(), partial(_zipped, file, data, part)
-    names = sorted(filter(_speakable, glob(f"{part}/*/*/*.png", root_dir=path)))
+    names = sorted(filter(_usable, glob(f"{part}/*/*/*.png", root_dir=path)))
     if not 0 < len(names) < MOST:
         raise ValueError(
             f"{path}: {len(names) or 'neither ' + file.name + ' nor'} {part}/*/*/*.png; "
@@ -212,10 +212,10 @@ def _zipped(file, data, part):
     try:
         entries = zipfile.ZipFile(io.BytesIO(data))
         names = re.compile(rf"{part}(/[^/.][^/]*){{3}}\.png")
-        names = [name for name in entries.namelist() if names.fullmatch(name) and _speakable(name)]
+        names = [name for name in entries.namelist() if names.fullmatch(name) and _usable(name)]
     except Exception as error:
         raise ValueError(
-            f"{file}: no whole zip file ({_reason(error)}); fetch {OMNIGLOT_URL}/{file.name} again"
+            f"{file}: no whole zip file ({one_line(error)}); fetch {OMNIGLOT_URL}/{file.name} again"
         ) from error
     if not 0 < len(names) < MOST:
         raise ValueError(
@@ -224,12 +224,13 @@ def _zipped(file, data, part):
     return {name: lambda name=name: entries.open(name).read(1 << 16) for name in names}
 
 
-def _speakable(name):
-    """Whether a name can be part of a message of one line."""
-    return name.isprintable() and len(name) < 200
+def _usable(name):
+    """Whether a name is not hidden, and can be part of a message of one line."""
+    return name[0] != "." and name.isprintable() and len(name) < 200
 
 
-def _reason(error):
+def one_line(error):
+    """What an exception says, as part of a message of one line."""
     return " ".join(str(error).split())[:300]
 
 
@@ -295,7 +296,7 @@ def _scanlines(name, read):
         if len(raw) != 105 * 15 or not inflate.eof or max(raw[::15]) > 4:
             raise ValueError("broken pixel data")
     except Exception as error:
-        raise ValueError(f"{name}: does not decode ({_reason(error)}); fetch the archive again") from error
+        raise ValueError(f"{name}: does not decode ({one_line(error)}); fetch the archive again") from error
     return np.frombuffer(raw, np.uint8).reshape(105, 15)
 
 
@@ -390,18 +391,13 @@ def _photos(path, split, each):
 
 def _folders(folder):
     """{class: [(file, size, time), ...]} of a folder per class, both in the order of their names."""
-    image = re.compile(r"[^.].*\.(jpe?g|png)", re.IGNORECASE)
+
+    def image(f):
+        return _usable(f.name) and f.name.lower().endswith((".jpg", ".jpeg", ".png")) and f.is_file()
+
     try:
-        classes = [f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] != "."]
-        classes = sorted(filter(_speakable, classes))
-        files = [
-            [
-                f
-                for f in os.scandir(folder / name)
-                if image.fullmatch(f.name) and _speakable(f.name) and f.is_file()
-            ]
-            for name in classes
-        ]
+        classes = sorted(f.name for f in os.scandir(folder) if f.is_dir() and _usable(f.name))
+        files = [filter(image, os.scandir(folder / name)) for name in classes]
         stats = [sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in some) for some in files]
     except OSError as error:
         raise ValueError(
@@ -441,7 +437,7 @@ def _photo(file):
                 raise ValueError(f"{image.width}x{image.height} pixels")
             return np.asarray(image.convert("RGB").resize((84, 84), Image.Resampling.LANCZOS))
     except Exception as error:
-        raise ValueError(f"{file}: does not decode ({_reason(error)}): replace or remove it") from error
+        raise ValueError(f"{file}: does not decode ({one_line(error)}): replace or remove it") from error
 
 
 # The cache -------------------------------------------------------------------------------------
