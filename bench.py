@@ -328,9 +328,7 @@ def by_autograd(experiment, theta, support, query, old):
     plain = lambda *data: experiment.loss(*data)  # noqa: E731
 
     def objective(theta):
-        one = rl.surrogate(
-            experiment.policy, plain, experiment.alpha, theta, [support[1]], query[1], query[0].mask, old
-        )
+        one = rl.surrogate(experiment.policy, plain, experiment.alpha, theta, [support[1]], query[1], old)
         return anp.mean(one, axis=1)
 
     slope = grad(lambda theta: objective(theta)[1])
@@ -341,8 +339,7 @@ def by_autograd(experiment, theta, support, query, old):
 def by_torch(experiment, theta, support, query, old):
     """The outer problem in PyTorch, all tasks at once: create_graph, and double backpropagation of the KL."""
     shapes, count = experiment.policy.shapes, len(old)
-    sx, sy, qx, qy, old, mask = (torch.from_numpy(a) for a in (*support[1], *query[1], old, query[0].mask))
-    share = (mask / mask.sum((1, 2), keepdim=True)).reshape(count, -1)
+    sx, sy, qx, qy, old = (torch.from_numpy(a) for a in (*support[1], *query[1], old))
 
     def policy(theta, x):
         arrays, start = [], 0
@@ -366,7 +363,7 @@ def by_torch(experiment, theta, support, query, old):
         m0, l0 = old[..., :2], old[..., 2:]
         ratio = (log_likelihood(new, qy[..., :2]) - log_likelihood((m0, l0), qy[..., :2])).exp()
         kl = log_std - l0 + 0.5 * ((2 * l0).exp() + (m0 - mean) ** 2) * (-2 * log_std).exp() - 0.5
-        return -(ratio * qy[..., 2]).sum() / count, (share * kl.sum(-1)).sum() / count
+        return -(ratio * qy[..., 2]).sum() / count, kl.sum(-1).mean()
 
     start = torch.from_numpy(theta).requires_grad_()
     loss, kl = losses(start)
@@ -385,9 +382,7 @@ def by_torch(experiment, theta, support, query, old):
 def by_recursion(experiment, theta, support, query, old):
     """The gradient and the product of `rl.Experiment.meta_iteration`, of all tasks at once."""
     adapted, hvp = rl.inner_step(experiment.loss, experiment.alpha, theta, *support[1])
-    _, gradient, product = rl.expand_outer(
-        experiment.loss, experiment.alpha, 2, adapted, [hvp], *query[1], query[0].mask
-    )
+    _, gradient, product = rl.expand_outer(experiment.loss, experiment.alpha, 2, adapted, [hvp], *query[1])
     return gradient / len(old), lambda v: product(v) / len(old), None
 
 

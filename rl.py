@@ -275,14 +275,16 @@ class PolicyGradient:
         (mean, log_std), (action, weight) = _halves(out), _halves(y)
         inverse = np.exp(-log_std)
         z = (action - mean) * inverse
-        by_mean = -weight * z * inverse
+        u = np.concatenate([-weight * z * inverse, -weight * (z * z - 1)], axis=-1)
+        # The Hessian by an action's mean and log_std: [[w / sigma², 2 w z / sigma], [2 w z / sigma, 2 w z²]].
+        diagonal = np.concatenate([weight * inverse * inverse, 2 * weight * z * z], axis=-1)
+        mixed = np.tile(2 * weight * z * inverse, 2)
 
         def second(d_out):
             d_mean, d_log = _halves(d_out)
-            dz = -d_mean * inverse - z * d_log
-            return np.concatenate([-weight * inverse * (dz - z * d_log), -2 * weight * z * dz], axis=-1)
+            return diagonal * d_out + mixed * np.concatenate([d_log, d_mean], axis=-1)
 
-        return self.value(out, y), np.concatenate([by_mean, -weight * (z * z - 1)], axis=-1), second
+        return self.value(out, y), u, second
 
 
 # Sampling --------------------------------------------------------------------------------------
@@ -406,19 +408,19 @@ def inner_step(loss, alpha, theta, x, y):
     return theta - alpha * g, hvp
 
 
-def expand_outer(loss, alpha, order, theta, hvps, x, y, mask):
+def expand_outer(loss, alpha, order, theta, hvps, x, y):
     """The outer problem at the old theta, summed over tasks: -> loss, gradient [P], v ↦ Σ_i J_iᵀ F_i J_i v.
 
     theta [T, P] are the adapted parameters, hvps the inner steps' products in their order, (x, y) the steps
     of the adapted policies. J u = (I - alpha H_S) ... (I - alpha H_1) u; order=1 takes J = I. The loss is
-    minus the surrogate, where the ratio is 1; F_i is a mean over the steps of a task.
+    minus the surrogate, where the ratio is 1; F_i is a mean over the n steps of a task, all taken.
 
     Needs fisher, _halves.
     """
     hvps = hvps if order == 2 else []
     out, backward = loss.network.forward(theta, x)
     g, tangent = backward(loss.output.expand(out, y)[1])
-    metric = fisher(out) * (mask / mask.sum(axis=(1, 2), keepdims=True)).reshape(*x.shape[:2], 1)
+    metric = fisher(out) / x.shape[1]
 
     def transposed(v):
         for hvp in reversed(hvps):
@@ -435,8 +437,8 @@ def expand_outer(loss, alpha, order, theta, hvps, x, y, mask):
     return -weight[..., 0].sum(), transposed(g), product
 
 
-def surrogate(policy, loss, alpha, theta, supports, query, mask, old):
-    """-mean of pi_theta' / pi_old A and mean KL(pi_old ‖ pi_theta') over a task's steps: -> [2, T].
+def surrogate(policy, loss, alpha, theta, supports, query, old):
+    """-mean of pi_theta' / pi_old A and mean KL(pi_old ‖ pi_theta') over a task's n steps: -> [2, T].
 
     theta [P] is adapted anew on the steps that the old policies took, `supports` one (x, y) an inner step;
     old are the outputs of the adapted old policies for the query's x.
@@ -447,8 +449,7 @@ def surrogate(policy, loss, alpha, theta, supports, query, mask, old):
     action, weight = _halves(y)
     new = policy.apply(theta, x)
     ratio = anp.exp(log_likelihood(new, action) - log_likelihood(old, action))
-    share = (mask / mask.sum(axis=(1, 2), keepdims=True)).reshape(x.shape[:2])
-    return anp.stack([-anp.sum(ratio * weight[..., 0], axis=1), anp.sum(share * kl(old, new), axis=1)])
+    return anp.stack([-anp.sum(ratio * weight[..., 0], axis=1), anp.mean(kl(old, new), axis=1)])
 
 
 def conjugate_gradient(product, b, iterations, tolerance=1e-10):
@@ -629,7 +630,7 @@ class Experiment:
         return draws if task.endswith("vel") else np.where(draws < top / 2, -1.0, 1.0)
 
     def sample(self, goals, trajectories, theta, rng):
-        """A rollout of theta, [P] or a list of [1, P], in each task: -> Episodes, its batch task by task.
+        """A rollout of theta, a list of [1, P], in each task: -> Episodes, the batch of each, nothing masked.
 
         Chunks of tasks go to `map`, each with a generator of its own, so that the result does not depend on
         who computes them.
@@ -644,7 +645,8 @@ class Experiment:
         episodes = Episodes(*map(np.concatenate, zip(*episodes)))
         x, y = episodes.observations, np.concatenate(targets)
         x = x.reshape(*y.shape[:2], -1)
-        return episodes, [(x[i : i + 1], y[i : i + 1]) for i in range(len(x))]
+        taken = episodes.mask.reshape(y.shape[:2]) > 0
+        return episodes, [(x[i : i + 1, steps], y[i : i + 1, steps]) for i, steps in enumerate(taken)]
 
     def adapt(self, theta, batches, alpha):
         """The inner step of each task: -> theta' and the Hessian-vector products, lists over tasks."""
@@ -664,12 +666,11 @@ class Experiment:
             episodes, batches = self.sample(*task, adapted, rng)
             taken += episodes.mask.sum()
         after = episodes.returns().mean()
-        masks = np.split(episodes.mask, len(batches))
         olds = list(self.threads(self.policy.apply, adapted, next(zip(*batches))))
         supports, products = ([*zip(*rows)] or [()] * len(batches) for rows in (supports, products))
 
         expand = partial(expand_outer, self.loss, alpha, s["order"])
-        outer = list(self.threads(expand, adapted, products, *zip(*batches), masks))
+        outer = list(self.threads(expand, adapted, products, *zip(*batches)))
         values, gradients, outer_products = zip(*outer)
         value, gradient = sum(values) / len(outer), sum(gradients) / len(outer)
 
@@ -678,7 +679,7 @@ class Experiment:
 
         def objective(trial):
             one = partial(surrogate, self.policy, self.loss, alpha, trial)
-            return np.concatenate([*self.threads(one, supports, batches, masks, olds)], axis=1).mean(axis=1)
+            return np.concatenate([*self.threads(one, supports, batches, olds)], axis=1).mean(axis=1)
 
         if not (np.isfinite([before, after]).all() and np.isfinite(gradient).all()):
             raise FloatingPointError(

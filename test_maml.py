@@ -1970,7 +1970,10 @@ def test_no_damage_to_a_checkpoint_is_more_than_one_line(files, data):
 
 
 class Policies:
-    """A random policy, its theta (one log_std at the floor), and steps of old policies on made-up data."""
+    """A random policy, its theta (one log_std at the floor), and steps of old policies on made-up data.
+
+    A task's trajectories end early, each at a step that is the same for all tasks.
+    """
 
     def __init__(self, seed, inputs=2, actions=2, width=4, tasks_=2, trajectories=2, horizon=3, steps=1):
         self.policy = rl.gaussian_policy(inputs, actions, (width, width))
@@ -1979,17 +1982,18 @@ class Policies:
             rng = self.rng = np.random.default_rng([seed, attempt])
             self.theta = rng.normal(size=self.policy.size) / 3
             shape = tasks_, trajectories, horizon
-            self.batches, self.masks = [], []
+            self.batches = []
             for _ in range(steps + 1):
-                mask = (np.arange(horizon) < rng.integers(1, horizon + 1, shape[:2])[..., None]).astype(float)
+                ends = rng.integers(1, horizon + 1, trajectories)
+                mask = np.tile(np.arange(horizon) < ends[:, None], (tasks_, 1, 1)).astype(float)
                 episodes = rl.Episodes(
                     rng.normal(size=(*shape, inputs)) * mask[..., None],
                     rng.normal(size=(*shape, actions)) * mask[..., None],
                     rng.normal(size=shape) * mask,
                     mask,
                 )
-                self.batches.append(rl.batch_of(episodes, 0.9, 0.8))
-                self.masks.append(mask)
+                taken = mask[0].ravel() > 0
+                self.batches.append(tuple(array[:, taken] for array in rl.batch_of(episodes, 0.9, 0.8)))
             self.adapted, self.hvps = self.theta, []
             near = []
             for x, y in self.batches[:-1]:
@@ -2009,22 +2013,12 @@ class Policies:
     def objective(self, theta):
         """[-surrogate, KL], means over tasks, by definition: autograd differentiates all of it."""
         old = self.policy.apply(self.adapted, self.batches[-1][0])
-        one = rl.surrogate(
-            self.policy,
-            hidden(self.loss),
-            0.1,
-            theta,
-            self.batches[:-1],
-            self.batches[-1],
-            self.masks[-1],
-            old,
-        )
+        *supports, query = self.batches
+        one = rl.surrogate(self.policy, hidden(self.loss), 0.1, theta, supports, query, old)
         return anp.mean(one, axis=1)
 
     def outer(self, order=2):
-        value, g, product = rl.expand_outer(
-            self.loss, 0.1, order, self.adapted, self.hvps, *self.batches[-1], self.masks[-1]
-        )
+        value, g, product = rl.expand_outer(self.loss, 0.1, order, self.adapted, self.hvps, *self.batches[-1])
         assert abs(value / len(self.adapted) - self.objective(self.theta)[0]) < 1e-12
         return g / len(self.adapted), lambda v: product(v) / len(self.adapted)
 
@@ -2153,6 +2147,22 @@ def test_rollout_masks_what_follows_the_end():
     assert np.allclose(episodes.rewards[0, 0, :2], [-np.hypot(0.1, 0.05), 0], atol=1e-5)
     assert not episodes.rewards[0, :, 2:].any() and episodes.rewards.shape == (2, 3, 100)
     assert np.allclose(episodes.returns()[0], -np.hypot(0.1, 0.05), atol=1e-5)
+
+
+def test_what_follows_the_end_is_no_part_of_a_batch():
+    words = "--task", "navigation", "--hidden", "3", "--dtype", "float64"
+    experiment = rl.Experiment(rl.settings_of(rl.build_parser().parse_args(words)))
+    theta = np.zeros((1, experiment.size))
+    experiment.policy.unflatten(theta)["log_std"][:] = -3
+    experiment.policy.unflatten(theta)["b3"][:] = [1, 0.5]
+    goals = np.array([[0.2, 0.1], [0.4, -0.4]])
+    episodes, batches = experiment.sample(goals, 3, [theta, theta], np.random.default_rng(0))
+    steps = episodes.mask.sum(axis=(1, 2))
+    assert 0 < steps[0] < 300 and steps[1] == 300
+    assert [y.shape for _, y in batches] == [(1, n, 4) for n in steps]
+    padded = experiment.loss.grad(np.repeat(theta, 2, axis=0), *rl.batch_of(episodes, 0.99, 1.0))
+    for g, batch in zip(padded, batches):
+        assert error(experiment.loss.grad(theta, *batch)[0], g) < 1e-12
 
 
 def gymnasium_alone(environment, actions):
