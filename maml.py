@@ -1104,6 +1104,7 @@ def run_on(args, command, map):
             settings, state, _ = load_checkpoint(path, command)
             check_agreement(args, settings, path, free=() if settings["method"] == "meta-sgd" else ("alpha",))
             settings["alpha"] = settings["alpha"] if args.alpha is None else args.alpha
+            settings["iterations"] = state.iteration  # of a stopped run, or the best, not those asked for
             models.append((command.experiment_of(settings), state.theta))
         check_plottable(args, models)
         for experiment, _ in models:

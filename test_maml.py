@@ -1469,7 +1469,7 @@ def test_a_log_goes_on_after_the_checkpoint_it_resumes(folder, monkeypatch):
     assert pathlib.Path("a.csv").read_text() == pathlib.Path("whole.csv").read_text()
 
 
-def test_ctrl_c_saves_says_how_to_resume_and_exits_130(folder):
+def test_ctrl_c_saves_says_how_to_resume_and_exits_130(folder, capsys):
     process = subprocess.Popen(
         [sys.executable, HERE / "maml.py", "--task", "sinusoid", "--save", "a.npz"],
         stderr=subprocess.PIPE,
@@ -1483,7 +1483,10 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_130(folder):
     finally:
         process.kill()
     assert process.returncode == 130 and "--resume a.npz" in stderr and "Traceback" not in stderr
-    assert int(arrays("a.npz")["iteration"]) == int(re.search(r"iteration (\d+)", stderr)[1])
+    iteration = int(arrays("a.npz")["iteration"])
+    assert iteration == int(re.search(r"iteration (\d+)", stderr)[1])
+    command("--evaluate", "a.npz", "--eval-tasks", 2)
+    assert f" {iteration} meta-iterations" in capsys.readouterr().out
 
 
 def test_a_diverging_run_stops_names_the_iteration_and_keeps_the_checkpoint(folder, capsys, monkeypatch):
