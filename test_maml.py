@@ -1815,7 +1815,7 @@ def test_any_number_of_workers_gives_the_same_bits(folder, glyphs):
 
 def test_a_dask_cluster_gives_the_same_bits_and_may_lose_a_worker(folder, glyphs):
     distributed = pytest.importorskip("distributed", reason="needs dask[distributed]")
-    images = [HERE / "maml.py", *SPREAD, "--data", glyphs, "--iterations", 150, "--log", "a.csv"]
+    images = [HERE / "maml.py", *SPREAD, "--data", glyphs, "--iterations", 50, "--log", "a.csv"]
     walk = [HERE / "rl.py", *WALK, "--meta-batch", 12, "--iterations", 2]
     for name, run in (("images", images), ("walk", walk)):
         words = [sys.executable, *map(str, run), "--save", f"{name}.npz"]
