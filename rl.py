@@ -275,10 +275,11 @@ class PolicyGradient:
         (mean, log_std), (action, weight) = _halves(out), _halves(y)
         inverse = np.exp(-log_std)
         z = (action - mean) * inverse
-        u = np.concatenate([-weight * z * inverse, -weight * (z * z - 1)], axis=-1)
+        slope = weight * z * inverse
+        u = np.concatenate([-slope, -weight * (z * z - 1)], axis=-1)
         # The Hessian by an action's mean and log_std: [[w / sigma², 2 w z / sigma], [2 w z / sigma, 2 w z²]].
         diagonal = np.concatenate([weight * inverse * inverse, 2 * weight * z * z], axis=-1)
-        mixed = np.tile(2 * weight * z * inverse, 2)
+        mixed = np.tile(2 * slope, 2)
 
         def second(d_out):
             d_mean, d_log = _halves(d_out)
