@@ -3,8 +3,8 @@
 
 Axes: T tasks, P parameters. theta is [P], shared by all tasks, or [T, P]. A data set is a pair (x, y)
 with the tasks in front, [T, examples, ...]. A loss is a callable loss(theta, x, y) -> [T], written with
-autograd.numpy for theta [T, P]. Where it carries closed forms (`expand` as in nets.py, or `grad` and
-`hvp`) they are used; else autograd supplies them. The dtype of theta decides the dtype of everything.
+autograd.numpy for theta [T, P]. Where it carries closed forms (`expand` and `grad`, as in
+nets.py) they are used; else autograd supplies them. The dtype of theta decides the dtype of everything.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import autograd.numpy as anp
 import numpy as np
-from autograd import grad, make_vjp, value_and_grad
+from autograd import grad, make_hvp, value_and_grad
 
 import nets
 import tasks
@@ -80,20 +80,24 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
 
         v_S = ∇L(theta_S; query),    v_s = v_{s+1} - H_s (alpha ⊙ v_{s+1}),    gradient = v_0.
 
-    theta [P]; alpha a number or [P]. order=1 drops every H (first-order MAML). Costs steps + 1 gradients
-    and `steps` Hessian-vector products, and keeps of a step its gradient and what its product reads.
+    theta [P]; alpha a number or [P]. order=1 drops every H (first-order MAML), and keeps nothing of the
+    steps. Costs steps + 1 gradients and `steps` Hessian-vector products, and keeps of a step its gradient
+    and what its product reads.
 
-    Needs unroll, expand, value_and_gradient, gradient, _checked, _per_task, _one_each.
+    Needs adapt, unroll, expand, gradient, _checked, _per_task, _one_each.
     """
     alpha = _checked(theta, support, alpha, steps)
-    theta, trail = unroll(loss, theta, support, alpha, steps)
-    value, v = value_and_gradient(loss, theta, *query)
-    if order == 1 or not trail:
+    if order == 1:
+        value, v, _ = expand(loss, adapt(loss, theta, support, alpha, steps), *query)
         return value.mean(), v.mean(axis=0)
-    for _, hvp in trail[:0:-1]:
-        v = v - hvp(alpha * v)
-    _, hvp = trail[0]
-    return value.mean(), (v.sum(axis=0) - hvp(alpha * v, total=True)) / len(v)
+    theta, trail = unroll(loss, theta, support, alpha, steps)
+    value, v, _ = expand(loss, theta, *query)
+    for _, product in trail[:0:-1]:
+        v = v - product(alpha * v)
+    total = v.sum(axis=0)
+    for _, product in trail[:1]:  # at the theta that all tasks share their products are wanted in sum
+        total = total - product(alpha * v, total=True)
+    return value.mean(), total / len(v)
 
 
 def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
@@ -102,14 +106,14 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
     What their products read is kept of the last `kept` steps; of those before it is computed anew: one
     gradient a step more.
 
-    Needs unroll, expand, value_and_gradient, gradient, _checked, _per_task, _one_each.
+    Needs unroll, expand, gradient, _checked, _per_task, _one_each.
     """
     alpha = _checked(theta, support, alpha, steps)
     thetas = [theta]
     for _ in range(steps - kept):
         thetas.append(thetas[-1] - alpha * gradient(loss, thetas[-1], *support))
     theta, trail = unroll(loss, thetas.pop(), support, alpha, min(kept, steps))
-    value, v = value_and_gradient(loss, theta, *query)
+    value, v, _ = expand(loss, theta, *query)
     while trail:  # no name for a product, so that each is gone before the next is there
         v = v - trail.pop()[1](alpha * v)
     while thetas:
@@ -121,33 +125,24 @@ def unroll(loss, theta, support, alpha, steps):
     """The steps of `adapt`: -> theta_S [T, P] and, of each step, (∇L(theta_s) [T, P], v ↦ H_s v)."""
     trail = []
     for _ in range(steps):
-        _, g, hvp = expand(loss, theta, *support)
+        _, g, product = expand(loss, theta, *support)
         step = alpha * g
         theta = np.subtract(theta, step, out=step)
-        trail.append((g, hvp))
+        trail.append((g, product))
     return theta, trail
 
 
 def expand(loss, theta, x, y):
     """L(theta + v) = value + g·v + v·H v / 2 + ..., per task: -> value [T], g [T, P], v ↦ H v.
 
-    The product takes v [T, P] to [T, P], or with total=True to its sum over tasks, [P].
+    loss.expand, or autograd's. The product takes v [T, P] to [T, P], or with total=True to its sum over
+    tasks, [P].
     """
     if hasattr(loss, "expand"):
         return loss.expand(theta, x, y)
     theta = _per_task(theta, x)
-    if hasattr(loss, "hvp"):
-        g, hvp = loss.grad(theta, x, y), partial(loss.hvp, theta, x, y)
-    else:
-        hvp, g = make_vjp(lambda theta: gradient(loss, theta, x, y))(theta)
-    return loss(theta, x, y), g, lambda v, total=False: hvp(v).sum(axis=0) if total else hvp(v)
-
-
-def value_and_gradient(loss, theta, x, y):
-    """L [T] and ∇L [T, P]."""
-    if hasattr(loss, "value_and_grad"):
-        return loss.value_and_grad(theta, x, y)
-    return expand(loss, theta, x, y)[:2]
+    product, g = make_hvp(lambda theta: anp.sum(_one_each(loss(theta, x, y), x)))(theta)
+    return loss(theta, x, y), g, lambda v, total=False: product(v).sum(axis=0) if total else product(v)
 
 
 def gradient(loss, theta, x, y):
@@ -165,11 +160,11 @@ def meta_sgd_gradient(loss, theta_alpha, support, query, steps):
 
     theta_alpha = [theta, alpha], [2P] -> value, gradient [2P], means over tasks.
 
-    Needs unroll, expand, value_and_gradient, gradient, _per_task, _one_each.
+    Needs unroll, expand, _per_task, _one_each.
     """
     theta, alpha = np.split(theta_alpha, 2)
     theta, trail = unroll(loss, theta, support, alpha, steps)
-    value, v = value_and_gradient(loss, theta, *query)
+    value, v, _ = expand(loss, theta, *query)
     d_alpha = np.zeros_like(v)
     for g, hvp in reversed(trail):
         d_alpha -= v * g
@@ -255,42 +250,75 @@ def adam(state, g, beta, b1=0.9, b2=0.999, eps=1e-8):
     return State(theta - rate * m / (np.sqrt(v) + eps), m, v, t)
 
 
-def train(outer_gradient, sample, state, rng, beta, iterations, clip=np.inf, chunk=None, map=map):
-    """theta ← theta - beta ∇_theta Σ_i L_i(f_theta'_i), eq. (4), with Adam: yields (state, meta-loss).
+def train(step, state, rng, iterations, map=map):
+    """Meta-iterations, from state.iteration up to `iterations` in all: yields (state, outcome) of each.
 
-    outer_gradient(theta, support, query) -> value, gradient; sample(rng) -> support, query, a meta-batch;
-    goes from state.iteration to `iterations`. FloatingPointError names the iteration whose loss or
-    gradient is not finite; the state yielded last is still good. The gradient is clipped to ±clip, element by
-    element; `chunk` and `map` as in `mean_over_chunks`.
-
-    Needs State, adam, mean_over_chunks, chunks.
+    step(state, rng, map=map) -> state, outcome, e.g. `adam_step` with its settings. FloatingPointError names
+    the iteration that failed; the state yielded last is still good. `map` as in `spread`.
     """
     while state.iteration < iterations:
-        value, g = mean_over_chunks(outer_gradient, state.theta, *sample(rng), chunk, map)
-        if not (np.isfinite(value) and np.isfinite(g).all()):
-            raise FloatingPointError(f"the meta-loss became {value} at iteration {state.iteration + 1}")
-        state = adam(state, np.clip(g, -clip, clip) if clip < np.inf else g, beta)
-        yield state, value
+        state, outcome = step(state, rng, map=map)
+        yield state, outcome
 
 
-def mean_over_chunks(outer_gradient, theta, support, query, chunk=None, map=map):
-    """outer_gradient over all tasks, as the mean over chunks of `chunk` tasks, summed in order.
+def adam_step(state, rng, outer_gradient, sample, tasks, beta, clip=np.inf, parcel=None, map=map):
+    """theta ← theta - beta ∇_theta Σ_i L_i(f_theta'_i), eq. (4), with Adam: -> State, meta-loss.
 
-    `map` may be any map-like, e.g. an executor's: what the chunks are does not depend on who computes them.
+    outer_gradient(theta, support, query) -> value, gradient, means over tasks; sample, tasks, parcel and map
+    as in `spread`. The gradient is clipped to ±clip, element by element. FloatingPointError names the
+    iteration whose loss or gradient is not finite.
+
+    Needs State, adam, mean_over_parcels, spread, parcels, on_drawn.
     """
-    count = len(support[0])
-    if chunk is None or chunk >= count:
-        return outer_gradient(theta, support, query)
-    parts = chunks(support, query, chunk)
-    weights = [len(part[0][0]) / count for part in parts]
-    results = map(partial(outer_gradient, theta), *zip(*parts))
-    return tuple(sum(w * part for w, part in zip(weights, column)) for column in zip(*results))
+    at_theta = partial(outer_gradient, state.theta)
+    value, g = mean_over_parcels(at_theta, sample, rng, tasks, parcel, map)
+    if not (np.isfinite(value) and np.isfinite(g).all()):
+        raise FloatingPointError(f"the meta-loss became {value} at iteration {state.iteration + 1}")
+    return adam(state, np.clip(g, -clip, clip) if clip < np.inf else g, beta), value
 
 
-def chunks(support, query, size):
-    """A meta-batch as a list of smaller ones, (support, query) of `size` tasks each or what is left."""
-    cuts = [slice(start, start + size) for start in range(0, len(support[0]), size)]
-    return [tuple(tuple(array[cut] for array in pair) for pair in (support, query)) for cut in cuts]
+def mean_over_parcels(function, sample, rng, tasks, parcel=None, map=map):
+    """The arrays function(support, query), means over a parcel's tasks, as means over all, summed in order.
+
+    Needs spread, parcels, on_drawn.
+    """
+    results = spread(function, sample, rng, tasks, parcel, map)
+    if len(results) == 1:
+        return results[0]
+    shares = [size / tasks for size in parcels(tasks, parcel)]
+    return tuple(sum(share * part for share, part in zip(shares, column)) for column in zip(*results))
+
+
+def spread(function, sample, rng, tasks, parcel=None, map=map):
+    """[function(support, query) of each parcel of `tasks` tasks], sample(rng, tasks=n) -> support, query.
+
+    A parcel is a seed and a count, and whoever computes it draws its tasks: so results do not depend on
+    `map`, which may be any map-like, e.g. an executor's, and no data travel. One parcel alone is drawn from
+    rng itself.
+
+    Needs parcels, on_drawn.
+    """
+    sizes = parcels(tasks, parcel)
+    if len(sizes) == 1:
+        return [function(*sample(rng, tasks=tasks))]
+    seeds = rng.integers(2**63, size=len(sizes)).tolist()
+    return list(map(partial(on_drawn, function, sample), seeds, sizes))
+
+
+def parcels(tasks, parcel=None):
+    """How many of `tasks` tasks each parcel has: `parcel`, the last what is left; None: all."""
+    parcel = parcel or tasks
+    return [min(parcel, tasks - start) for start in range(0, tasks, parcel)]
+
+
+def on_drawn(function, sample, seed, count):
+    """function(support, query) of the tasks that a seed and a count stand for: all that a worker runs."""
+    return function(*sample(np.random.default_rng(seed), tasks=count))
+
+
+def cores():
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def one_blas_thread():
@@ -310,24 +338,28 @@ def one_blas_thread():
         library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-def evaluate(loss, theta, support, query, alpha, steps, metric=None, chunk=None, map=map):
-    """metric(theta_s; query) after s = 0 ... steps inner steps on the support set: -> [steps + 1, T].
+def evaluate(loss, theta, sample, rng, tasks, alpha, steps, metric=None, parcel=None, map=map):
+    """metric(theta_s; query) after s = 0 ... steps inner steps on the support set: -> [steps + 1, tasks].
 
-    The metric is the loss unless another is given, and is called as it: metric(theta, x, y) -> [T]. `chunk`
-    and `map` as in `mean_over_chunks`.
+    The metric is the loss unless another is given, and is called as it: metric(theta, x, y) -> [T]. sample,
+    tasks, parcel and map as in `spread`.
 
-    Needs _curve, chunks, gradient, _checked, _per_task, _one_each.
+    Needs curve, spread, parcels, on_drawn, gradient, _checked, _per_task, _one_each.
+    """
+    one = partial(curve, loss, theta, alpha=alpha, steps=steps, metric=metric or loss)
+    return np.concatenate(spread(one, sample, rng, tasks, parcel, map), axis=1)
+
+
+def curve(loss, theta, support, query, alpha, steps, metric):
+    """`evaluate` on given tasks: -> [steps + 1, T].
+
+    Needs gradient, _checked, _per_task, _one_each.
     """
     alpha = _checked(theta, support, alpha, steps)
-    one = partial(_curve, loss, theta, alpha=alpha, steps=steps, metric=metric or loss)
-    return np.concatenate([*map(one, *zip(*chunks(support, query, chunk or len(support[0]))))], axis=1)
-
-
-def _curve(loss, theta, support, query, alpha, steps, metric):
-    theta, rows = _per_task(theta, support[0]), []
-    for s in range(steps + 1):
-        if s:
-            theta = theta - alpha * gradient(loss, theta, *support)
+    theta = _per_task(theta, support[0])
+    rows = [metric(theta, *query)]
+    for _ in range(steps):
+        theta = theta - alpha * gradient(loss, theta, *support)
         rows.append(metric(theta, *query))
     return np.stack(rows)
 
@@ -426,6 +458,7 @@ PAPER = {
     ("miniimagenet", "fomaml", 5, 5, "conv"): {10: "63.15 ± 0.91"},
 }
 
+VALIDATION_TASKS = 600
 EVAL_QUERY = 100  # query points of a test sinusoid: the figure is the paper's, with less noise
 DIVERGED = 100.0  # of a sinusoid's error: four times the largest amplitude squared
 SPLITS = {"training": "train", "validation": "val", "test": "test"}
@@ -437,7 +470,7 @@ REPTILE_STEPS = 10  # with one inner step Reptile is joint training
 class Experiment:
     """A task distribution, its network and loss, and the method that learns them, by name."""
 
-    chunk, block = None, 600  # tasks computed at once; tasks drawn at once to evaluate
+    parcel = None  # tasks computed at once
     clip, map, unit = np.inf, staticmethod(map), "loss"
     meta_gradient = staticmethod(meta_gradient)
     log_every, save_every, keeps_best = 500, 1000, False  # meta-iterations; whether validation selects
@@ -458,22 +491,14 @@ class Experiment:
     def open(self, path):
         """Loads what data there is."""
 
-    def draw(self, purpose, rng, count, shots, query):
-        """A meta-batch of `count` tasks for a purpose."""
-        return tasks.sinusoid(rng, count, shots, query, self.oracle, np.dtype(self.settings["dtype"]))
-
-    def dealt(self, purpose, rng, count, shots, query):
-        """Tasks to evaluate on, and the map that computes them."""
-        return self.draw(purpose, rng, count, shots, query), self.map
+    def sample(self, purpose, shots, query):
+        """sample(rng, tasks) -> support, query, of tasks for a purpose."""
+        dtype = np.dtype(self.settings["dtype"])
+        return partial(tasks.sinusoid, shots=shots, query_shots=query, oracle=self.oracle, dtype=dtype)
 
     def eval_query(self, shots):
         """Query examples of a test task."""
         return EVAL_QUERY
-
-    def sample(self, rng):
-        """A meta-batch for training."""
-        settings = self.settings
-        return self.draw("training", rng, settings["meta_batch"], settings["shots"], settings["query"])
 
     def stream(self, purpose):
         """The seed's generator for one purpose, so that all methods meet the same tasks."""
@@ -497,12 +522,24 @@ class Experiment:
             "reptile": partial(reptile_gradient, self.loss, alpha=alpha, steps=steps),
         }.get(self.method, partial(joint_gradient, self.loss))
 
+    def meta_batch(self):
+        """-> sample, how many tasks of it a meta-iteration takes, and how many a parcel."""
+        s = self.settings
+        return self.sample("training", s["shots"], s["query"]), s["meta_batch"], self.parcel
+
     def train(self, state, rng, iterations):
         """`train` with the settings: yields (state, meta-loss)."""
-        beta, sample = self.settings["beta"], self.sample
-        return train(
-            self.outer_gradient(), sample, state, rng, beta, iterations, self.clip, self.chunk, self.map
+        sample, count, parcel = self.meta_batch()
+        step = partial(
+            adam_step,
+            outer_gradient=self.outer_gradient(),
+            sample=sample,
+            tasks=count,
+            beta=self.settings["beta"],
+            clip=self.clip,
+            parcel=parcel,
         )
+        return train(step, state, rng, iterations, self.map)
 
     def measure(self, state, loss):
         """-> a row of the log, the line of progress, and the validation score or None."""
@@ -512,10 +549,9 @@ class Experiment:
         return (loss, before, after), text, after
 
     def validate(self, learned):
-        """The mean metric on 100 validation tasks, before and after each of the training's inner steps."""
-        settings = self.settings
-        shape = 100, settings["shots"], settings["query"], settings["steps"]
-        return self.curve(learned, "validation", *shape).mean(axis=1)
+        """The mean metric on validation tasks, as tested, before and after each of the training's steps."""
+        s = self.settings
+        return self.curve(learned, "validation", VALIDATION_TASKS, s["shots"], s["steps"]).mean(axis=1)
 
     def score(self, learned):
         """What selects the best checkpoint: larger is better."""
@@ -541,20 +577,17 @@ class Experiment:
             return np.split(learned, 2)
         return learned, self.inner_rate()
 
-    def curve(self, learned, purpose, count, shots, query, steps):
+    def curve(self, learned, purpose, count, shots, steps):
         """The metric [steps + 1, count] of unseen tasks after 0 ... steps inner steps."""
         theta, alpha = self.adaptation(learned)
-        rng, columns = self.stream(purpose), []
-        for done in range(0, count, self.block):
-            batch, map = self.dealt(purpose, rng, min(self.block, count - done), shots, query)
-            columns.append(evaluate(self.loss, theta, *batch, alpha, steps, self.metric, self.chunk, map))
-        return np.concatenate(columns, axis=1)
+        drawn = self.sample(purpose, shots, self.eval_query(shots)), self.stream(purpose), count
+        return evaluate(self.loss, theta, *drawn, alpha, steps, self.metric, self.parcel, self.map)
 
 
 class ImageExperiment(Experiment):
     """N-way K-shot images: cross-entropy, accuracy, and a convolutional network or a perceptron."""
 
-    block, threshold, unit, keeps_best = 24, np.inf, "accuracy", True
+    threshold, unit, save_every, keeps_best = np.inf, "accuracy", 100, True
 
     def __init__(self, settings):
         self.settings, self.method, self.images = settings, settings["method"], None
@@ -567,10 +600,10 @@ class ImageExperiment(Experiment):
         self.network, self.classifier = network(ways), network(CLASSIFIED[settings["task"]])
         self.loss = nets.cross_entropy(self.network)
         self.metric = partial(accuracy, self.network)
-        self.chunk = 1 if mini or ways > 10 else max(1, 8 // settings["shots"])
+        self.parcel = 1 if mini or ways > 10 else max(1, 8 // settings["shots"])
         if settings["steps"] > KEPT_STEPS[settings["task"]]:
             self.meta_gradient = partial(meta_gradient_recomputed, kept=KEPT_STEPS[settings["task"]])
-        self.map = ThreadPoolExecutor(os.cpu_count(), initializer=partial(np.seterr, all="ignore")).map
+        self.map = ThreadPoolExecutor(cores(), initializer=partial(np.seterr, all="ignore")).map
         if mini:  # the authors clip to ±10 a loss that is ways · query / shots times the mean
             self.clip = 10 * settings["shots"] / (ways * settings["query"])
 
@@ -588,28 +621,21 @@ class ImageExperiment(Experiment):
             raise Unusable(tasks.one_line(error))
         for purpose in STREAMS[:3]:
             try:
-                self.draw(purpose, self.stream(purpose), 1, s["shots"], s["query"])
+                self.sample(purpose, s["shots"], s["query"])(self.stream(purpose), tasks=1)
             except ValueError as error:
                 raise Unusable(f"{path}, {SPLITS[purpose]}: {error}")
 
-    def draw(self, purpose, rng, count, shots, query):
-        return self.gathered(purpose, shots)(*self.indices(purpose, rng, count, shots, query))
-
-    def indices(self, purpose, rng, count, shots, query):
-        """A meta-batch as indices, which are what travels to workers."""
-        rotate = self.settings["task"] == "omniglot"
-        shape = self.images[SPLITS[purpose]].shape
-        return tasks.draw(rng, shape, count, self.settings["ways"], shots, query, rotate)
-
-    def gathered(self, purpose, shots):
-        """(classes, picked), (turns,) -> support, query."""
-        dtype = np.dtype(self.settings["dtype"])
-        return partial(tasks.gather, self.images[SPLITS[purpose]], shots=shots, dtype=dtype)
-
-    def dealt(self, purpose, rng, count, shots, query):
-        """Indices again: whoever computes a chunk gathers its images."""
-        indices, gathered = self.indices(purpose, rng, count, shots, query), self.gathered(purpose, shots)
-        return indices, lambda one, *columns: self.map(partial(on_gathered, gathered, one), *columns)
+    def sample(self, purpose, shots, query):
+        s = self.settings
+        return partial(
+            tasks.few_shot,
+            images=self.images[SPLITS[purpose]],
+            ways=s["ways"],
+            shots=shots,
+            query_shots=query,
+            rotate=s["task"] == "omniglot",
+            dtype=np.dtype(s["dtype"]),
+        )
 
     def eval_query(self, shots):
         return shots
@@ -623,22 +649,25 @@ class ImageExperiment(Experiment):
             return super().start()
         return State.start(self.classifier.init(self.stream("init"), self.settings["dtype"]))
 
-    def sample(self, rng):
-        s = self.settings
+    def meta_batch(self):
+        """As many images as MAML meets make one task of the pretrained classifier."""
         if self.method != "pretrained":
-            return self.indices("training", rng, s["meta_batch"], s["shots"], s["query"])
-        count = s["meta_batch"] * s["ways"] * (s["shots"] + s["query"])  # as many images as MAML meets
-        batch = tasks.labelled(
-            rng, self.images["train"], count, self.classifier.outputs[0], np.dtype(s["dtype"])
+            return super().meta_batch()
+        s, outputs = self.settings, self.classifier.outputs[0]
+        count = s["meta_batch"] * s["ways"] * (s["shots"] + s["query"])
+        draw = partial(
+            tasks.labelled,
+            images=self.images["train"],
+            count=count,
+            outputs=outputs,
+            dtype=np.dtype(s["dtype"]),
         )
-        return batch, batch
+        return partial(joint_sample, sample=draw), 1, None
 
     def outer_gradient(self):
         if self.method == "pretrained":
             return partial(joint_gradient, nets.cross_entropy(self.classifier))
-        return partial(
-            on_gathered, self.gathered("training", self.settings["shots"]), super().outer_gradient()
-        )
+        return super().outer_gradient()
 
     def adaptation(self, learned):
         """Of the pretrained classifier all but the last layer, which starts again from zero."""
@@ -650,22 +679,27 @@ class ImageExperiment(Experiment):
         theta[:body] = learned[:body]
         return theta, self.inner_rate()
 
-    def curve(self, learned, purpose, count, shots, query, steps):
+    def curve(self, learned, purpose, count, shots, steps):
         if self.method != "nearest":
-            return super().curve(learned, purpose, count, shots, query, steps)
-        support, query = self.draw(purpose, self.stream(purpose), count, shots, query)
-        hit = (tasks.nearest(support, query) * query[1]).sum(axis=-1)
-        return hit.mean(axis=1)[None].astype(float)
+            return super().curve(learned, purpose, count, shots, steps)
+        sample, rng = self.sample(purpose, shots, self.eval_query(shots)), self.stream(purpose)
+        return np.concatenate(spread(nearest_accuracy, sample, rng, count, self.parcel, self.map), axis=1)
+
+
+def joint_sample(rng, tasks, sample):
+    """One data set as both support and query."""
+    batch = sample(rng)
+    return batch, batch
+
+
+def nearest_accuracy(support, query):
+    """The baseline without learning: how many queries have their nearest support image's label, [1, T]."""
+    return (tasks.nearest(support, query) * query[1]).sum(axis=-1).mean(axis=1)[None].astype(float)
 
 
 def _perceptron(shape, ways):
     """The authors' network without convolutions."""
     return nets.mlp((math.prod(shape), 256, 128, 64, 64, ways), normalize=True)
-
-
-def on_gathered(gathered, function, *arguments):
-    """function(..., support, query) on the pixels that the last two arguments, indices and turns, mean."""
-    return function(*arguments[:-2], *gathered(*arguments[-2:]))
 
 
 def accuracy(network, theta, x, y):
@@ -1249,8 +1283,7 @@ def report(models, args):
         asked = {key: getattr(args, key) or table[key] for key in ("eval_tasks", "eval_steps", "eval_shots")}
         metric = "mse" if experiment.unit == "loss" else "accuracy"
         for shots in asked["eval_shots"]:
-            size = asked["eval_tasks"], shots, experiment.eval_query(shots), asked["eval_steps"]
-            values = experiment.curve(learned, "test", *size)
+            values = experiment.curve(learned, "test", asked["eval_tasks"], shots, asked["eval_steps"])
             curves.append((settings["method"], shots, [summarize(v, experiment.threshold) for v in values]))
             label = {"task": settings["task"], "method": settings["method"], "shots": shots}
             for step, row in enumerate(curves[-1][2]):
@@ -1345,7 +1378,7 @@ def plot_fits(canvas, grid, models, tasks_shown):
     for row, (experiment, learned) in enumerate(models):
         shots, line = experiment.settings["shots"], np.linspace(-5, 5, 200)
         theta, alpha = experiment.adaptation(learned)
-        support, query = experiment.draw("test", experiment.stream("test"), tasks_shown, shots, len(line))
+        support, query = experiment.sample("test", shots, len(line))(experiment.stream("test"), tasks_shown)
         shown = query[0].copy()
         shown[..., 0] = line
         _, (latent, _) = tasks.sinusoid(experiment.stream("test"), tasks_shown, shots, 1, oracle=True)
@@ -1410,7 +1443,7 @@ def plot_episode(canvas, experiment, learned):
     """Support images above; a query image of each class below them, with its probabilities."""
     s, shown = experiment.settings, min(experiment.settings["ways"], 6)
     shots = min(s["shots"], 3)
-    support, query = experiment.draw("test", experiment.stream("test"), 1, s["shots"], 1)
+    support, query = experiment.sample("test", s["shots"], 1)(experiment.stream("test"), tasks=1)
     theta, alpha = experiment.adaptation(learned)
     steps = 3 if s["task"] == "omniglot" and s["ways"] <= 10 else max(s["steps"], 5)
     probability = []

@@ -19,16 +19,10 @@ reverse, at the cost of two gradients and with no pass repeated.
 
 import itertools
 import math
-from functools import partial
 
 import autograd.numpy as anp
 import numpy as np
 from autograd.extend import defvjp, primitive
-
-# glibc returns freed memory above its thresholds to the system, and page faults then take a fifth of
-# a gradient's time; it raises the thresholds to the largest block (up to 32 MB) that it sees freed.
-np.empty((32 << 20) - (1 << 16), np.uint8)
-
 
 # The network -----------------------------------------------------------------------------------
 
@@ -76,7 +70,10 @@ class Network:
         tangent(v)      v [T, P] -> J v [T, n, *outputs], finish
         finish(du, h)   -> h = Jᵀdu + (dJ)ᵀu, [T, P], or its sum over tasks where h is [P]
         """
-        out, backwards = self._forward(theta, x)
+        out, backwards = self._checked(theta, x), []
+        for layer, w in zip(self.layers, self._views(theta)):
+            out, back = layer.forward(w, out)
+            backwards.append(back)
 
         def backward(u):
             gradient, tangents = np.empty((len(x), self.size), theta.dtype), []
@@ -100,24 +97,6 @@ class Network:
             return gradient, tangent
 
         return out, backward
-
-    def pull(self, theta, x, derivative):
-        """Jᵀu [T, P] alone, u = derivative(outputs): `forward` and its backward, lighter in memory.
-
-        What a layer has kept is let go as soon as it has been read.
-        """
-        out, backwards = self._forward(theta, x)
-        u, gradient = derivative(out), np.empty((len(x), self.size), theta.dtype)
-        for g in reversed(self._views(gradient)):
-            u, _ = backwards.pop()(u, g)
-        return gradient
-
-    def _forward(self, theta, x):
-        x, backwards = self._checked(theta, x), []
-        for layer, w in zip(self.layers, self._views(theta)):
-            x, back = layer.forward(w, x)
-            backwards.append(back)
-        return x, backwards
 
     def _views(self, theta):
         """theta [P] or [T, P] -> the parameters of each layer as its closed form wants them."""
@@ -151,7 +130,8 @@ def mlp(sizes, normalize=False, draw=None):
     for i in range(1, last):
         bias = () if normalize else (f"b{i}",)
         layers += [Dense(sizes[i - 1], sizes[i], (f"w{i}", *bias), draw, first=i == 1)]
-        layers += [BatchNorm(sizes[i], f"beta{i}"), Relu()] if normalize else [Relu()]
+        layers += [BatchNorm(sizes[i], f"beta{i}")] if normalize else []
+        layers += [Relu()]
     layers += [Dense(sizes[-2], sizes[-1], (f"w{last}", f"b{last}"), draw, first=last == 1)]
     return Network(layers, (sizes[0],), (sizes[-1],))
 
@@ -160,22 +140,18 @@ def convnet(shape, ways, filters=64, pool=False):
     """Four blocks of convolution, batch norm and ReLU, then a linear layer; shape (height, width, channels).
 
     Without `pool` (Omniglot) the convolutions have stride 2, and the last block's output is averaged over
-    space. With `pool` (MiniImagenet) they have stride 1, each block ends in a 2x2 max pool, and the last
+    space. With `pool` (MiniImagenet) they have stride 1, a 2x2 max pool comes before each ReLU, and the last
     layer reads all that is left. theta is conv1 beta1 ... conv4 beta4 w b. Initial weights are the authors':
     Glorot uniform, but a standard normal after the mean over space; the rest zero.
     """
     height, width, inputs = shape
-    layers = []
+    stride = 1 if pool else 2
+    layers = [FirstBlock(inputs, filters, ("conv1", "beta1"), stride)]
     for i in range(1, 5):
-        if pool:
-            conv = UnitConv if i > 1 else FirstConv
-            layers += [conv(inputs, filters, f"conv{i}", stride=1), PooledBatchNorm(filters, f"beta{i}")]
-            height, width = height // 2, width // 2
-        else:
-            conv = Conv if i > 1 else FirstConv
-            layers += [conv(inputs, filters, f"conv{i}", stride=2), BatchNorm(filters, f"beta{i}")]
-        layers += [Relu()]
-        inputs = filters
+        if i > 1:
+            layers += [Conv(filters, filters, f"conv{i}", stride), BatchNorm(filters, f"beta{i}")]
+        layers += [MaxPool(), Relu()] if pool else [Relu()]
+        height, width = (height // 2, width // 2) if pool else (-(-height // 2), -(-width // 2))
     if pool:
         layers += [Flatten(), Dense(height * width * filters, ways, ("w", "b"), glorot_uniform)]
     else:
@@ -287,13 +263,26 @@ class Dense:
         return _times(a, w), backward
 
 
-class Relu:
-    """out = max(x, 0). Piecewise linear, so that every pass multiplies by the mask x > 0."""
+def _linear(out, times, transposed):
+    """The four passes of a layer out = M x with no parameters: M, Mᵀ, M and Mᵀ again."""
+
+    def tangent(_, dx):
+        return times(dx), lambda du, _: transposed(du)
+
+    return out, lambda u, _: (transposed(u), tangent)
+
+
+class _Fixed:
+    """A layer with no parameters."""
 
     shapes, view = {}, None
 
     def init(self, rng):
         return np.zeros(0)
+
+
+class Relu(_Fixed):
+    """out = max(x, 0): linear between its kinks, where M multiplies by the mask x > 0."""
 
     def apply(self, x):
         return anp.maximum(x, 0)
@@ -301,10 +290,74 @@ class Relu:
     def forward(self, _, x):
         mask = (x > 0).astype(x.dtype)
 
-        def tangent(_, dx):
-            return dx * mask, lambda du, _: du * mask
+        def masked(u):
+            return u * mask
 
-        return x * mask, lambda u, _: (u * mask, tangent)
+        return _linear(x * mask, masked, masked)
+
+
+class MaxPool(_Fixed):
+    """out = the largest of each 2x2 block, stride 2; a last odd row or column is dropped.
+
+    x [T, n, h, w, c] -> [T, n, ⌊h/2⌋, ⌊w/2⌋, c]. Linear between ties, which share the gradient.
+    """
+
+    def apply(self, x):
+        tasks, n, h, w, c = x.shape
+        quads = anp.reshape(x[:, :, : h // 2 * 2, : w // 2 * 2], (tasks, n, h // 2, 2, w // 2, 2, c))
+        return anp.max(quads, axis=(3, 5))
+
+    def forward(self, _, x):
+        quads = _quads(x)
+        out = np.maximum(np.maximum(quads[0], quads[1]), np.maximum(quads[2], quads[3]))
+        masks, shape = [q == out for q in quads], x.shape
+        share = np.reciprocal(sum(mask.view(np.uint8) for mask in masks), dtype=x.dtype)
+
+        def gather(dx):
+            return sum(mask * q for mask, q in zip(masks, _quads(dx))) * share
+
+        def scatter(u):
+            below, u = np.zeros(shape, u.dtype), u * share
+            for mask, q in zip(masks, _quads(below)):
+                np.multiply(mask, u, out=q)
+            return below
+
+        return _linear(out, gather, scatter)
+
+
+def _quads(x):
+    """The four corners of x's 2x2 blocks, as views."""
+    h, w = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+    return [x[:, :, i:h:2, j:w:2] for i in range(2) for j in range(2)]
+
+
+class SpatialMean(_Fixed):
+    """out = mean of x over space: [T, n, h, w, c] -> [T, n, c]."""
+
+    def apply(self, x):
+        return anp.mean(x, axis=(2, 3))
+
+    def forward(self, _, x):
+        area = x.shape[2] * x.shape[3]
+
+        def spread(u):
+            return np.broadcast_to((u / area)[:, :, None, None], x.shape)
+
+        return _linear(self.apply(x), self.apply, spread)
+
+
+class Flatten(_Fixed):
+    """out = x with its axes of space and channels as one: [T, n, h, w, c] -> [T, n, h·w·c]."""
+
+    def apply(self, x):
+        return anp.reshape(x, x.shape[:2] + (-1,))
+
+    def forward(self, _, x):
+        shape = x.shape
+        return _linear(self.apply(x), self.apply, lambda u: u.reshape(shape))
+
+
+EPSILON = 0.001  # added to the variance, as in the authors' code
 
 
 class BatchNorm:
@@ -324,32 +377,34 @@ class BatchNorm:
     def apply(self, x, beta):
         axes = tuple(range(1, x.ndim - 1))
         centred = x - anp.mean(x, axis=axes, keepdims=True)
-        z = centred / anp.sqrt(anp.mean(centred**2, axis=axes, keepdims=True) + 0.001)
+        z = centred / anp.sqrt(anp.mean(centred**2, axis=axes, keepdims=True) + EPSILON)
         return z + anp.reshape(beta, beta.shape[:-1] + (1,) * len(axes) + beta.shape[-1:])
 
     def forward(self, beta, x):
         shape = x.shape
-        x = x.reshape(shape[0], -1, shape[-1])
-        centred = x - _mean(x)
-        s = np.sqrt(_mean(centred * centred) + x.dtype.type(0.001))
-        z = centred / s
+        z = _rows(x) - _mean(_rows(x))
+        s = np.sqrt(_mean(z * z) + x.dtype.type(EPSILON))
+        z /= s
+
+        def project(u):
+            """B(u), and mean(u z)."""
+            p = _mean(u * z)
+            return (u - _mean(u) - z * p) / s, p
 
         def backward(u, g):
-            u = u.reshape(z.shape)
+            u = _rows(u)
             g[...] = u.sum(axis=1)
-            p = _mean(u * z)
-            below = (u - _mean(u) - z * p) / s
+            below, _ = project(u)
 
             def tangent(v, dx):
-                dx = dx.reshape(z.shape)
-                ds = _mean(dx * z)
-                dz = (dx - _mean(dx) - z * ds) / s
+                dz, ds = project(_rows(dx))
 
                 def finish(du, h):
-                    du = du.reshape(z.shape)
+                    du = _rows(du)
                     h[...] = du.sum(axis=1) if h.ndim == 2 else du.sum(axis=(0, 1))
-                    dp = _mean(du * z) + _mean(u * dz)
-                    return ((du - _mean(du) - dz * p - z * dp - below * ds) / s).reshape(shape)
+                    dp, p = _mean(u * dz), _mean(u * z)
+                    d_below = project(du)[0] - (dz * p + z * dp + below * ds) / s
+                    return d_below.reshape(shape)
 
                 return (dz + v[:, None]).reshape(shape), finish
 
@@ -358,18 +413,14 @@ class BatchNorm:
         return (z + beta[..., None, :]).reshape(shape), backward
 
 
+def _rows(x):
+    """x [T, ..., c] -> [T, m, c]."""
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
 def _mean(x):
-    return _sum(x) * x.dtype.type(1 / x.shape[1])
-
-
-def _dot(x, y):
-    """Σ x y over axis 1, kept, without an array of products."""
-    return np.einsum("tmc,tmc->tc", x, y)[:, None]
-
-
-def _sum(x):
     """Over axis 1, kept, as a matrix product: faster than NumPy's reduction of this axis."""
-    return np.ones((1, x.shape[1]), x.dtype) @ x
+    return np.full((1, x.shape[1]), 1 / x.shape[1], x.dtype) @ x
 
 
 class Conv:
@@ -396,102 +447,81 @@ class Conv:
         return anp.matmul(patches, w)
 
     def forward(self, w, x):
-        a, wt, stride, shape = _unfold(x, self.stride), w.swapaxes(-1, -2), self.stride, x.shape
-        rows, out_shape = (*a.shape[:2], w.shape[-1]), self._out_shape(w, x)
+        stride, a = self.stride, _Patches(x, self.stride)
 
         def backward(u, g):
-            u = u.reshape(rows)
-            _transposed_times(a, u, g)
+            g[...] = a.correlate(u, g.ndim)
 
             def tangent(v, dx):
-                da = _unfold(dx, stride)
-                d_out = _times(a, v)
-                d_out += _times(da, w)
+                da = _Patches(dx, stride)
+                d_out = a.convolve(v)
+                d_out += da.convolve(w)
 
                 def finish(du, h):
-                    du = du.reshape(rows)
-                    _transposed_times(a, du, h)
-                    h += _transposed_times(da, u, np.empty_like(h))
-                    below = _times(du, wt)
-                    below += _times(u, v.swapaxes(-1, -2))
-                    return _fold(below, shape, stride)
+                    h[...] = a.correlate(du, h.ndim)
+                    h += da.correlate(u, h.ndim)
+                    d_below = a.transposed(du, w)
+                    d_below += a.transposed(u, v)
+                    return d_below
 
-                return d_out.reshape(out_shape), finish
+                return d_out, finish
 
-            return _fold(_times(u, wt), shape, stride), tangent
+            return a.transposed(u, w), tangent
 
-        return _times(a, w).reshape(out_shape), backward
-
-    def _out_shape(self, w, x):
-        return (*x.shape[:2], *(-(-size // self.stride) for size in x.shape[2:4]), w.shape[-1])
+        return a.convolve(w), backward
 
 
-class FirstConv(Conv):
-    """Conv of the data: no gradient of x, and patches that are made anew for every product."""
+class _Patches:
+    """The 3x3 patches of x as rows, a [T, rows, 9 c], and its products.
 
-    def forward(self, w, x):
-        unfold = partial(_unfold_planes, stride=self.stride)
-
-        def gradient(u, g):
-            _correlate(unfold, [(x, u)], g)
-
-        def backward(u, g):
-            gradient(u, g)
-            return None, lambda v, _: (_convolve(unfold, [(x, v)], shape), gradient)
-
-        shape = self._out_shape(w, x)
-        return _convolve(unfold, [(x, w)], shape), backward
-
-
-class UnitConv(Conv):
-    """Conv with stride 1, not the first layer: patches are made anew for every product.
-
-    dL/dx is the same convolution of u, with w's taps turned round and its channels swapped, so that nothing
-    is folded back.
+    At stride 2 they are kept. At stride 1 they are nine times as many numbers as x has, and are made anew for
+    each product, of so few images that they stay in the cache.
     """
 
-    def forward(self, w, x):
-        unfold, shape = partial(_unfold, stride=1), self._out_shape(w, x)
+    def __init__(self, x, stride):
+        self.x, self.stride = x, stride
+        tasks, n, h, w, c = x.shape
+        self.size = n if stride > 1 else max(1, BLOCK // (9 * x[:, 0].size))
+        self.shape = tasks, n, _same(h, stride)[0], _same(w, stride)[0]
+        self.kept = _unfold(x, stride) if stride > 1 else None
 
-        def backward(u, g):
-            _correlate(unfold, [(x, u)], g)
+    def blocks(self):
+        """Slices of the images, and their patches."""
+        if self.kept is not None:
+            yield slice(None), self.kept
+        else:
+            for start in range(0, self.x.shape[1], self.size):
+                cut = slice(start, start + self.size)
+                yield cut, _unfold(self.x[:, cut], self.stride)
 
-            def tangent(v, dx):
-                def finish(du, h):
-                    _correlate(unfold, [(x, du), (dx, u)], h)
-                    return _convolve(unfold, [(u, _turned(v)), (du, _turned(w))], x.shape)
+    def convolve(self, w):
+        """a w, [T, n, h', w', outputs]."""
+        out = np.empty((*self.shape, w.shape[-1]), w.dtype)
+        for cut, a in self.blocks():
+            part = out[:, cut]
+            part[...] = _times(a, w).reshape(part.shape)
+        return out
 
-                return _convolve(unfold, [(x, v), (dx, w)], shape), finish
+    def correlate(self, u, ndim):
+        """aᵀ u, [T, 9 c, outputs], or its sum over tasks where ndim is 2."""
+        shape = (len(u), 9 * self.x.shape[-1], u.shape[-1])[3 - ndim :]
+        parts = (_transposed_times(a, _rows(u[:, cut]), np.empty(shape, u.dtype)) for cut, a in self.blocks())
+        return sum(parts, np.zeros((), u.dtype))
 
-            return _convolve(unfold, [(u, _turned(w))], x.shape), tangent
+    def transposed(self, u, w):
+        """unfoldᵀ(u wᵀ): the gradient by x. At stride 1 it is itself a convolution."""
+        if self.stride == 1:
+            return _Patches(u, 1).convolve(_turned(w))
+        return _fold(_times(_rows(u), w.mT), self.x.shape, self.stride)
 
-        return _convolve(unfold, [(x, w)], shape), backward
+
+BLOCK = 1 << 19  # numbers that stay in the cache
 
 
 def _turned(w):
     """The filters [..., 9 in, out] of dL/dx: taps in reverse, [..., 9 out, in]."""
     taps = w.reshape(*w.shape[:-2], 9, -1, w.shape[-1])[..., ::-1, :, :].swapaxes(-1, -2)
     return np.ascontiguousarray(taps).reshape(*w.shape[:-2], 9 * w.shape[-1], -1)
-
-
-def _convolve(unfold, pairs, shape):
-    """Σ over pairs of unfold(x) w, of `shape`."""
-    (x, w), *others = pairs
-    out, pixels = np.empty(shape, x.dtype).reshape(shape[0], -1, shape[-1]), math.prod(shape[2:-1])
-    for cut in _image_cuts(x, 9):
-        part = out[:, cut.start * pixels : cut.stop * pixels]
-        np.matmul(unfold(x[:, cut]), w, out=part)
-        for dx, v in others:
-            part += unfold(dx[:, cut]) @ v
-    return out.reshape(shape)
-
-
-def _correlate(unfold, pairs, out):
-    """Writes Σ over pairs of unfold(x)ᵀ u, or that summed over tasks, into out."""
-    out[...] = 0
-    for cut in _image_cuts(pairs[0][0], 9):
-        for x, u in pairs:
-            out += _transposed_times(unfold(x[:, cut]), _pixels(u[:, cut]), np.empty_like(out))
 
 
 def _same(size, stride):
@@ -516,16 +546,6 @@ def _unfold(x, stride):
     return patches.reshape(tasks, n * height * width, 9 * c)
 
 
-def _unfold_planes(x, stride):
-    """`_unfold` for few channels: the same array in another order of memory, a column after the other."""
-    tasks, n, h, w, c = x.shape
-    (_, top, bottom), (_, left, right) = _same(h, stride), _same(w, stride)
-    padded = np.zeros((tasks, c, n, top + h + bottom, left + w + right), x.dtype)
-    padded[:, :, :, top : top + h, left : left + w] = np.moveaxis(x, -1, 1)
-    taps = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (3, 4))[:, :, :, ::stride, ::stride]
-    return taps.transpose(0, 5, 6, 1, 2, 3, 4).reshape(tasks, 9 * c, -1).mT
-
-
 def _fold(a, shape, stride):
     """The adjoint of `_unfold`: each pixel of x's shape sums what the patches hold of it."""
     tasks, n, h, w, c = shape
@@ -539,175 +559,86 @@ def _fold(a, shape, stride):
     return padded[:, :, top : top + h, left : left + w]
 
 
-class PooledBatchNorm:
-    """out = the 2x2 max pool of BatchNorm(x), stride 2, a last odd row or column dropped.
+class FirstBlock:
+    """BatchNorm of Conv of the data, as one layer: no pass over the convolution's output, the largest array.
 
-    x [T, n, h, w, channels] -> [T, n, ⌊h/2⌋, ⌊w/2⌋, channels]. Batch norm increases in x, so that the pool
-    may come first and the normalisation touch a quarter of the numbers. Ties share the gradient.
+    names (w, beta). The patches a do not depend on theta, so that their mean and covariance C say what the
+    batch norm does. With a centred, a·b the sum of products down a column, and w̃ = w / s,
+
+        s = sqrt(w·Cw + 0.001)        out = a w̃ + beta         G = aᵀu          q = G·w̃
+        dL/dw = (G - q C w̃) / s       dL/dbeta = 1ᵀu
+
+        ds = C w̃·v                    dw̃ = (v - w̃ ds) / s      dG = aᵀdu        dq = dG·w̃ + G·dw̃
+        h = (dG - dq C w̃ - q C dw̃ - ds dL/dw) / s
+
+    A column of ones on a, as in `Dense`, stands for beta: [a, 1] [w̃; beta].
     """
 
-    def __init__(self, channels, name):
-        self.norm = BatchNorm(channels, name)
-        self.shapes, self.view = self.norm.shapes, self.norm.view
+    def __init__(self, inputs, outputs, names, stride):
+        self.conv, self.norm = Conv(inputs, outputs, names[0], stride), BatchNorm(outputs, names[1])
+        self.shapes, self.view = self.conv.shapes | self.norm.shapes, (9 * inputs + 1, outputs)
 
     def init(self, rng):
-        return np.zeros(self.view)
+        return np.concatenate([self.conv.init(rng), self.norm.init(rng)])
 
-    def apply(self, x, beta):
-        x = self.norm.apply(x, beta)
-        tasks, n, h, w, c = x.shape
-        quads = anp.reshape(x[:, :, : h // 2 * 2, : w // 2 * 2], (tasks, n, h // 2, 2, w // 2, 2, c))
-        return anp.max(quads, axis=(3, 5))
+    def apply(self, x, w, beta):
+        return self.norm.apply(self.conv.apply(x, w), beta)
 
-    def forward(self, beta, x):
-        tasks, n, h, w, c = shape = x.shape
-        x, size, count = _lines(x), (tasks, n, h // 2, w // 2, c), x.dtype.type(n * h * w)
-        cuts, wide = _image_cuts(x), partial(_wide, w)
-        near = _mean(x[:, 0].reshape(tasks, -1, c))  # sums of numbers about it keep their digits
-        pools, first, second = [], 0, 0
-        for cut in cuts:
-            part = x[:, cut] - wide(near)
-            pools.append(_Pool(part.reshape(tasks, -1, h, w, c)))
-            part = part.reshape(tasks, -1, c)
-            first, second = first + _sum(part), second + _dot(part, part)
-        offset = first / count
-        mean, r = near + offset, 1 / np.sqrt(second / count - offset**2 + x.dtype.type(0.001))
-        m = np.concatenate([pool.out for pool in pools], axis=1).reshape(tasks, -1, c) - offset
+    def forward(self, w, x):
+        a, shape = _centred_patches(x, self.conv.stride)
+        covariance = a[:, :-1] @ (a[:, :-1] / x.dtype.type(a.shape[-1])).mT
+        w, beta = w[..., :-1, :], w[..., -1:, :]
+        cw = covariance @ w
+        s = np.sqrt(_dot(w, cw) + x.dtype.type(EPSILON))
+        w, cw = w / s, cw / s
 
-        def scatter(u, constant, *terms):
-            """r ⊙ (the pool's adjoint of u) + constant + Σ coefficient ⊙ array."""
-            out, constant, u = np.empty_like(x), wide(constant), (r * u).reshape(size)
-            terms = [(wide(coefficient), array) for coefficient, array in terms]
-            for cut, pool in zip(cuts, pools):
-                part = out[:, cut]
-                pool.scatter(u[:, cut], part.reshape(tasks, -1, h, w, c))
-                part += constant
-                for coefficient, array in terms:
-                    part += coefficient * array[:, cut]
-            return out
+        def times(w, beta):
+            beta = np.broadcast_to(beta, (len(w), *beta.shape[-2:]))
+            return (a.mT @ np.concatenate([w, beta], axis=1)).reshape(*shape, -1)
 
         def backward(u, g):
-            u = u.reshape(m.shape)
-            total = _sum(u)
-            g[...] = total[:, 0]
-            q = _dot(u, m) * (r * r / count)
-            below = scatter(u, r * (q * mean - total / count), (-r * q, x))
+            u = a @ _rows(u)
+            q = _dot(u[:, :-1], w)
+            g[:, :-1] = (u[:, :-1] - q * cw) / s
+            g[:, -1:] = u[:, -1:]
 
-            def tangent(v, dx):
-                dx, first, second, dm = _lines(dx), 0, 0, []
-                for cut, pool in zip(cuts, pools):
-                    part = dx[:, cut].reshape(tasks, -1, c)
-                    first = first + _sum(part)
-                    second = second + _dot(part, (x[:, cut] - wide(mean)).reshape(part.shape))
-                    dm.append(pool.gather(dx[:, cut].reshape(tasks, -1, h, w, c)))
-                dm = np.concatenate(dm, axis=1).reshape(m.shape) - first / count
-                e = second * (r * r / count)
-                d_out = r * (dm - e * m)
+            def tangent(v, _):
+                ds = _dot(cw, v[:, :-1])
+                dw = (v[:, :-1] - w * ds) / s
 
                 def finish(du, h):
-                    du = du.reshape(m.shape)
-                    total = _sum(du)
-                    h[...] = total[:, 0] if h.ndim == 2 else total.sum(axis=(0, 1))
-                    dq = (_dot(du, m) + _dot(u, dm)) * (r * r / count) - 2 * e * q
-                    constant = r * (q * first / count + dq * mean - total / count)
-                    terms = (-r * q, dx), (-r * dq, x), (-e, below)
-                    return scatter(du, constant, *terms).reshape(shape)
+                    du = a @ _rows(du)
+                    dq = _dot(du[:, :-1], w) + _dot(u[:, :-1], dw)
+                    du[:, :-1] -= dq * cw + q * (covariance @ dw) + ds * g[:, :-1]
+                    du[:, :-1] /= s
+                    h[...] = du if h.ndim == 3 else du.sum(axis=0)
 
-                return (d_out + v[:, None]).reshape(size), finish
+                return times(dw, v[:, -1:]), finish
 
-            return below.reshape(shape), tangent
+            return None, tangent
 
-        return (m * r + beta[..., None, :]).reshape(size), backward
+        return times(w, beta), backward
 
 
-def _pixels(x):
-    return x.reshape(len(x), -1, x.shape[-1])
+def _dot(x, y):
+    """Σ x y down the columns of [T, m, c], kept."""
+    return (x * y).sum(axis=-2, keepdims=True)
 
 
-def _lines(x):
-    """x [T, n, h, w, c] -> [T, n, h, w·c]: long runs of numbers, which NumPy multiplies faster than short."""
-    return x.reshape(*x.shape[:3], -1)
+def _centred_patches(x, stride):
+    """x [T, n, h, w, c] -> `_unfold` of it, centred, as columns one after the other, then one of ones.
 
-
-def _wide(w, a):
-    """a [T, 1, c] -> [T, 1, 1, w·c], to go with `_lines`."""
-    return np.tile(a, w)[:, None]
-
-
-BLOCK = 1 << 19  # numbers that stay in the cache
-
-
-def _image_cuts(x, times=1):
-    """Cuts of axis 1 into images so few that `times` their numbers stay in the cache."""
-    size = max(1, BLOCK // (times * x[:, 0].size))
-    return [slice(start, start + size) for start in range(0, x.shape[1], size)]
-
-
-class _Pool:
-    """Where the maxima of x's 2x2 blocks are: they share a block's gradient."""
-
-    def __init__(self, x):
-        self.shape = x.shape
-        quads = self._quads(x)
-        self.out = np.maximum(np.maximum(quads[0], quads[1]), np.maximum(quads[2], quads[3]))
-        self.masks = [q == self.out for q in quads]
-        ties = sum(mask.view(np.uint8) for mask in self.masks)
-        self.share = np.reciprocal(ties, dtype=x.dtype)
-
-    def _quads(self, x):
-        h, w = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
-        return [x[:, :, i:h:2, j:w:2] for i in range(2) for j in range(2)]
-
-    def gather(self, x):
-        return sum(mask * q for mask, q in zip(self.masks, self._quads(x))) * self.share
-
-    def scatter(self, u, out):
-        out[:, :, self.shape[2] // 2 * 2 :] = 0
-        out[:, :, :, self.shape[3] // 2 * 2 :] = 0
-        u = u * self.share
-        for mask, q in zip(self.masks, self._quads(out)):
-            np.multiply(mask, u, out=q)
-
-
-class SpatialMean:
-    """out = mean of x over space: [T, n, h, w, c] -> [T, n, c]. Linear, and so is every pass."""
-
-    shapes, view = {}, None
-
-    def init(self, rng):
-        return np.zeros(0)
-
-    def apply(self, x):
-        return anp.mean(x, axis=(2, 3))
-
-    def forward(self, _, x):
-        area = x.shape[2] * x.shape[3]
-
-        def spread(u, _):
-            return np.broadcast_to((u / area)[:, :, None, None], x.shape)
-
-        def tangent(_, dx):
-            return dx.mean(axis=(2, 3)), spread
-
-        return x.mean(axis=(2, 3)), lambda u, _: (spread(u, _), tangent)
-
-
-class Flatten:
-    """out = x with its axes of space and channels as one: [T, n, h, w, c] -> [T, n, h·w·c]."""
-
-    shapes, view = {}, None
-
-    def init(self, rng):
-        return np.zeros(0)
-
-    def apply(self, x):
-        return anp.reshape(x, x.shape[:2] + (-1,))
-
-    def forward(self, _, x):
-        def tangent(_, dx):
-            return self.apply(dx), lambda du, _: du.reshape(x.shape)
-
-        return self.apply(x), lambda u, _: (u.reshape(x.shape), tangent)
+    -> [T, 9 c + 1, rows], (T, n, out h, out w). For few channels this order of memory is the faster one.
+    """
+    tasks, n, h, w, c = x.shape
+    (height, top, bottom), (width, left, right) = _same(h, stride), _same(w, stride)
+    padded = np.zeros((tasks, c, n, top + h + bottom, left + w + right), x.dtype)
+    padded[:, :, :, top : top + h, left : left + w] = np.moveaxis(x, -1, 1)
+    taps = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (3, 4))[:, :, :, ::stride, ::stride]
+    a = np.ones((tasks, 9 * c + 1, n * height * width), x.dtype)
+    a[:, :-1] = taps.transpose(0, 5, 6, 1, 2, 3, 4).reshape(tasks, 9 * c, -1)
+    a[:, :-1] -= a[:, :-1].mean(axis=-1, keepdims=True)
+    return a, (tasks, n, height, width)
 
 
 # Losses ----------------------------------------------------------------------------------------
@@ -758,7 +689,7 @@ class Loss:
     """loss(theta, x, y) -> [T]: an output loss on a network's outputs, and its closed forms.
 
     theta [P] or [T, P]; x [T, n, *inputs]; y [T, n, *outputs]; all of one dtype, else ValueError. Calling
-    it is the definition, which autograd can trace; `expand`, `grad` and `hvp` are plain NumPy.
+    it is the definition, which autograd can trace; `expand` and `grad` are plain NumPy.
     """
 
     def __init__(self, network, output):
@@ -770,49 +701,29 @@ class Loss:
     def expand(self, theta, x, y):
         """L(theta + v) = value + g·v + v·H v / 2 + ...: -> value [T], g [T, P], v ↦ H v.
 
-        v is [T, P] and so is H v, or [P], summed over tasks, with hvp(v, total=True). The Hessian-vector
-        product keeps the activations of this call and costs about two gradients.
+        v is [T, P] and so is H v, or [P], summed over tasks, with product(v, total=True). The
+        Hessian-vector product keeps the activations of this call and costs about two gradients.
         """
         out, backward = self.network.forward(theta, x)
         value, u, second = self.output.expand(*_matching(out, y))
         gradient, tangent = backward(u)
 
-        def hvp(v, total=False):
+        def product(v, total=False):
             if v.shape != gradient.shape:
                 raise ValueError(f"v has shape {v.shape}; expected that of the gradient, {gradient.shape}")
             d_out, finish = tangent(v)
             return finish(second(d_out), np.empty(v.shape[1:] if total else v.shape, v.dtype))
 
-        return value, gradient, hvp
-
-    def value_and_grad(self, theta, x, y):
-        """-> value [T], ∇L [T, P]; keeps nothing for a product."""
-        value = None
-
-        def derivative(out):
-            nonlocal value
-            value, u, _ = self.output.expand(*_matching(out, y))
-            return u
-
-        gradient = self.network.pull(theta, x, derivative)
-        return value, gradient
-
-    def grad_and_hvp(self, theta, x, y):
-        """∇L [T, P] and v [T, P] ↦ H v [T, P], a closure over the gradient's passes."""
-        return self.expand(theta, x, y)[1:]
+        return value, gradient, product
 
     def grad(self, theta, x, y):
-        """∇L [T, P]. Autograd may differentiate it once more by theta: it then calls `hvp`."""
+        """∇L [T, P]. Autograd may differentiate it once more by theta: it then takes the product."""
         return _grad(self, theta, x, y)
-
-    def hvp(self, theta, x, y, v):
-        """H v [T, P] for v [T, P]."""
-        return self.expand(theta, x, y)[2](v)
 
 
 @primitive
 def _grad(loss, theta, x, y):
-    return loss.value_and_grad(theta, x, y)[1]
+    return loss.expand(theta, x, y)[1]
 
 
 defvjp(

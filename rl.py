@@ -405,7 +405,7 @@ def batch_of(episodes, discount, lam):
 
 def inner_step(loss, alpha, theta, x, y):
     """theta'_i = theta - alpha ∇L_i(theta), eq. (1): -> theta' [T, P], v ↦ H v."""
-    g, hvp = loss.grad_and_hvp(theta, x, y)
+    _, g, hvp = loss.expand(theta, x, y)
     return theta - alpha * g, hvp
 
 
@@ -580,7 +580,7 @@ def sampled(settings, policy, trajectories, goals, theta, seed):
 @functools.cache
 def processes():
     """A pool of processes, one a core, for what holds Python's lock: started when first used."""
-    return maml.process_pool(os.cpu_count())
+    return maml.process_pool(maml.cores())
 
 
 class Experiment:
@@ -596,14 +596,14 @@ class Experiment:
         inputs += goal if self.method == "oracle" else 0
         self.policy = gaussian_policy(inputs, actions, (settings["hidden"],) * 2)
         self.loss = nets.Loss(self.policy, PolicyGradient())
-        self.threads = ThreadPoolExecutor(os.cpu_count(), initializer=partial(np.seterr, all="ignore")).map
+        self.threads = ThreadPoolExecutor(maml.cores(), initializer=partial(np.seterr, all="ignore")).map
         self.map = map if settings["task"] == "navigation" else self.on_processes
         self.size = self.policy.size
 
     @staticmethod
     def on_processes(function, *columns):
         """map on a process for each core: threads would wait for Python's lock between calls into MuJoCo."""
-        return maml.pool_map(processes(), os.cpu_count(), function, *columns)
+        return maml.pool_map(processes(), maml.cores(), function, *columns)
 
     def open(self, _):
         """Finds out early what is missing."""

@@ -12,7 +12,6 @@ class and says what to do.
 import hashlib
 import http.client
 import io
-import mmap
 import os
 import re
 import stat
@@ -65,18 +64,9 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
     come class by class. `rotate` turns each class of each task by its own uniform multiple of 90 degrees, the
     same for support and query (paper, section 5.2). ValueError where there are too few classes or images.
 
-    Needs draw, gather, _distinct, _labelled, _forget_pages.
+    Needs _distinct, _labelled.
     """
-    drawn = draw(rng, images.shape, tasks, ways, shots, query_shots, rotate)
-    return gather(images, *drawn, shots, dtype)
-
-
-def draw(rng, shape, tasks, ways, shots, query_shots, rotate=False):
-    """The random part of `few_shot`, for images of that shape, as indices: -> (classes, picked), (turns,).
-
-    classes [tasks, ways], picked [tasks, ways, shots + query_shots], turns [tasks, ways] in quarters.
-    """
-    classes, each, height, width = shape[:4]
+    classes, each, height, width = images.shape[:4]
     if classes < ways:
         raise ValueError(f"a {ways}-way task needs {ways} classes, and there are {classes}: lower the ways")
     if each < shots + query_shots:
@@ -86,17 +76,11 @@ def draw(rng, shape, tasks, ways, shots, query_shots, rotate=False):
         raise ValueError(f"only square images can be rotated by 90 degrees, and these are {height}x{width}")
     drawn = _distinct(rng, (tasks, classes), ways)
     picked = _distinct(rng, (tasks, ways, each), shots + query_shots)
-    turns = rng.integers(4, size=(tasks, ways)) if rotate else np.zeros((tasks, ways), int)
-    return (drawn, picked), (turns,)
-
-
-def gather(images, indices, turns, shots, dtype=np.float32):
-    """The pixels and labels of what `draw` drew, or of some of its tasks: -> support, query."""
-    drawn, picked = indices
     x = np.asarray(images)[drawn[:, :, None], picked]  # [tasks, ways, shots + query_shots, h, w, c]
-    _forget_pages(images)
-    for k in (1, 2, 3):
-        x[turns[0] == k] = np.rot90(x[turns[0] == k], k, axes=(2, 3))
+    if rotate:
+        quarters = rng.integers(4, size=(tasks, ways))
+        for k in (1, 2, 3):
+            x[quarters == k] = np.rot90(x[quarters == k], k, axes=(2, 3))
     return _labelled(x[:, :, :shots], dtype), _labelled(x[:, :, shots:], dtype)
 
 
@@ -109,10 +93,7 @@ def labelled(rng, images, count, outputs, dtype=np.float32):
     if classes > outputs:
         raise ValueError(f"there are {classes} training classes, and the classifier has {outputs} outputs")
     drawn, picked = rng.integers(classes, size=count), rng.integers(each, size=count)
-    x = np.divide(
-        images[drawn, picked], 255 if images.dtype == np.uint8 else 1, dtype=dtype, casting="same_kind"
-    )
-    return x[None], np.eye(outputs, dtype=dtype)[drawn][None]
+    return _scaled(np.asarray(images)[drawn, picked], dtype)[None], np.eye(outputs, dtype=dtype)[drawn][None]
 
 
 def nearest(support, query):
@@ -134,31 +115,33 @@ def _distinct(rng, shape, n):
 def _labelled(x, dtype):
     """x [tasks, ways, n, h, w, c] -> x [tasks, ways*n, h, w, c] in [0, 1] and y, one-hot."""
     tasks, ways, n = x.shape[:3]
-    x = np.divide(x, 255 if x.dtype == np.uint8 else 1, dtype=dtype, casting="same_kind", order="C")
     y = np.tile(np.eye(ways, dtype=dtype).repeat(n, axis=0), (tasks, 1, 1))
-    return x.reshape(tasks, ways * n, *x.shape[3:]), y
+    return _scaled(x, dtype).reshape(tasks, ways * n, *x.shape[3:]), y
 
 
-class Mapped(np.memmap):
-    """A memory-mapped .npy that pickles as the name of its file, so that workers map it themselves."""
-
-    def __reduce__(self):
-        if self.filename is None or self.strides[0] == 0:
-            return super().__reduce__()
-        start = np.frombuffer(self._mmap, np.uint8).__array_interface__["data"][0] + self.offset
-        first = (self.__array_interface__["data"][0] - start) // self.strides[0]
-        return _mapped_part, (str(self.filename), first, first + len(self))
+def _scaled(x, dtype):
+    return np.divide(x, 255 if x.dtype == np.uint8 else 1, dtype=dtype, casting="same_kind", order="C")
 
 
-def _mapped_part(file, start, stop):
-    return np.lib.format.open_memmap(file, mode="r").view(Mapped)[start:stop]
+class Split:
+    """Some classes of the images in a .npy file: what travels to workers is the file's name, not its pixels.
 
+    As an array, or indexed, it is the file's memory map, opened for that and let go with it.
+    """
 
-def _forget_pages(images):
-    """Give the pages of a large mapped file back, or resident memory grows towards the size of the file."""
-    read_only = isinstance(images, np.memmap) and images.mode == "r"
-    if read_only and images.nbytes > 1 << 26 and hasattr(mmap, "MADV_DONTNEED"):
-        images._mmap.madvise(mmap.MADV_DONTNEED)
+    def __init__(self, file, start, stop):
+        self.file, self.start, self.stop = str(file), start, stop
+        images = np.asarray(self)
+        self.shape, self.dtype = images.shape, images.dtype
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(np.load(self.file, mmap_mode="r")[self.start : self.stop], dtype)
+
+    def __getitem__(self, key):
+        return np.asarray(self)[key]
+
+    def __len__(self):
+        return self.stop - self.start
 
 
 # Omniglot --------------------------------------------------------------------------------------
@@ -184,11 +167,11 @@ def load_omniglot(path):
     path = Path(path)
     parts = [_part(path, name) for name in ("images_background", "images_evaluation")]
     key = ["omniglot 28 area 1", *(stamp for stamp, _ in parts)]
-    images = _cached(path, "omniglot", key, lambda: _characters([files for _, files in parts]))
-    if len(images) != 1623:
-        print(f"{path}: {len(images)} characters, where all of Omniglot has 1623", file=sys.stderr)
-    one, two = len(images) * np.array([1100, 1200]) // 1623
-    return {"train": images[:one], "val": images[one:two], "test": images[two:]}
+    file, classes = _cached(path, "omniglot", key, lambda: _characters([files for _, files in parts]))
+    if classes != 1623:
+        print(f"{path}: {classes} characters, where all of Omniglot has 1623", file=sys.stderr)
+    one, two = classes * 1100 // 1623, classes * 1200 // 1623
+    return {"train": Split(file, 0, one), "val": Split(file, one, two), "test": Split(file, two, classes)}
 
 
 def _part(path, part):
@@ -386,7 +369,8 @@ def _photos(path, split, each):
     if any(len(files) > count for files in classes.values()):
         print(f"{path / split}: every class is cut to the {count} images of {small}", file=sys.stderr)
     key = ["miniimagenet 84 lanczos 1", [(name, files[:count]) for name, files in classes.items()]]
-    return _cached(path, f"miniimagenet-{split}", key, lambda: _decoded(path / split, classes, count))
+    file, count = _cached(path, f"miniimagenet-{split}", key, lambda: _decoded(path / split, classes, count))
+    return Split(file, 0, count)
 
 
 def _folders(folder):
@@ -444,19 +428,19 @@ def _photo(file):
 
 
 def _cached(folder, name, key, build):
-    """The array of build() -> shape, uint8 blocks: from a .npy made of the same files, or else made now."""
+    """The .npy of build() -> shape, uint8 blocks, and its length: made of the same files before, or now."""
     elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml"
     home = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     places = [folder / f"{name}.npy", elsewhere / f"{name}-{home}.npy"]
     for place in places:
         try:
-            return _mapped(place, key)
+            return place, _length(place, key)
         except Exception:  # none there yet, or one of other files, or a broken one, whatever its bytes
             pass
     for place in places:
         try:
             _write(place, key, build)
-            return _mapped(place, key)
+            return place, _length(place, key)
         except OSError as error:
             reason = error
     where = f"{places[0]} and {places[1]}"
@@ -467,17 +451,17 @@ def _digest(key, shape):
     return hashlib.sha256(repr((key, shape)).encode()).digest()
 
 
-def _mapped(place, key):
-    """The .npy file, read-only, if what follows its pixels is the digest of this key and of their shape."""
+def _length(place, key):
+    """How many classes the .npy file has, if what follows its pixels is the digest of this key and shape."""
     if not stat.S_ISREG(os.stat(place).st_mode):
         raise ValueError(f"{place}: no regular file")
-    images = np.lib.format.open_memmap(place, mode="r").view(Mapped)
+    images = np.load(place, mmap_mode="r")
     with place.open("rb") as file:
         file.seek(images.offset + images.nbytes)
         digest = file.read(33)
     if digest != _digest(key, images.shape) or images.dtype != np.uint8 or not images.flags.c_contiguous:
         raise ValueError(f"{place}: made from other files, or damaged")
-    return images
+    return len(images)
 
 
 def _write(place, key, build):
