@@ -10,19 +10,22 @@ nets.py) they are used; else autograd supplies them. The dtype of theta decides 
 import argparse
 import csv
 import ctypes
+import datetime
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zipfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import autograd.numpy as anp
@@ -39,8 +42,6 @@ def adapt(loss, theta, support, alpha, steps):
     """theta_{s+1} = theta_s - alpha ∇L(theta_s; support), s = 0 ... steps - 1: eq. (1), from theta_0 = theta.
 
     theta [P] or [T, P]; alpha a number or an array [P] -> theta_steps [T, P]. Autograd can trace it.
-
-    Needs gradient, _checked, _per_task, _one_each.
     """
     alpha = _checked(theta, support, alpha, steps)
     for _ in range(steps):
@@ -49,10 +50,7 @@ def adapt(loss, theta, support, alpha, steps):
 
 
 def meta_loss(loss, theta, support, query, alpha, steps):
-    """mean over tasks of L(adapt(theta, support); query): the objective of eq. (2)-(3), over T.
-
-    Needs adapt, gradient, _checked, _per_task, _one_each.
-    """
+    """mean over tasks of L(adapt(theta, support); query): the objective of eq. (2)-(3), over T."""
     return anp.mean(loss(adapt(loss, theta, support, alpha, steps), *query))
 
 
@@ -61,8 +59,6 @@ def meta_gradient_by_definition(loss, theta, support, query, alpha, steps):
 
     The reference for everything below: it calls the loss alone, none of its closed forms. Its graph
     keeps every intermediate result of every step.
-
-    Needs meta_loss, adapt, gradient, _checked, _per_task, _one_each.
     """
     return value_and_grad(
         lambda theta: meta_loss(lambda *data: loss(*data), theta, support, query, alpha, steps)
@@ -83,8 +79,6 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
     theta [P]; alpha a number or [P]. order=1 drops every H (first-order MAML), and keeps nothing of the
     steps. Costs steps + 1 gradients and `steps` Hessian-vector products, and keeps of a step its gradient
     and what its product reads.
-
-    Needs adapt, unroll, expand, gradient, _checked, _per_task, _one_each.
     """
     alpha = _checked(theta, support, alpha, steps)
     if order == 1:
@@ -105,8 +99,6 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
 
     What their products read is kept of the last `kept` steps; of those before it is computed anew: one
     gradient a step more.
-
-    Needs unroll, expand, gradient, _checked, _per_task, _one_each.
     """
     alpha = _checked(theta, support, alpha, steps)
     thetas = [theta]
@@ -159,8 +151,6 @@ def meta_sgd_gradient(loss, theta_alpha, support, query, steps):
     """Meta-SGD (Li et al. 2017): alpha [P] is learned with theta; ∂/∂alpha = -Σ_s v_{s+1} ⊙ ∇L(theta_s).
 
     theta_alpha = [theta, alpha], [2P] -> value, gradient [2P], means over tasks.
-
-    Needs unroll, expand, _per_task, _one_each.
     """
     theta, alpha = np.split(theta_alpha, 2)
     theta, trail = unroll(loss, theta, support, alpha, steps)
@@ -176,8 +166,6 @@ def reptile_gradient(loss, theta, support, query, alpha, steps):
     """Reptile (Nichol et al. 2018): the outer direction is theta - theta_S -> query loss at theta_S, [P].
 
     It needs no query set, so the inner steps see the examples of both. One step is joint training.
-
-    Needs adapt, gradient, _checked, _per_task, _one_each.
     """
     both = [np.concatenate(pair, axis=1) for pair in zip(support, query)]
     adapted = adapt(loss, theta, both, alpha, steps)
@@ -222,16 +210,15 @@ def _one_each(values, x):
 
 
 class State(NamedTuple):
-    """What a meta-iteration changes: the learned parameters, Adam's two moments, the iteration count."""
+    """What a meta-iteration changes: the learned parameters, Adam's moments (m, v), the iteration count."""
 
     theta: np.ndarray
-    m: np.ndarray
-    v: np.ndarray
+    moments: tuple
     iteration: int
 
     @classmethod
-    def start(cls, theta):
-        return cls(theta, np.zeros_like(theta), np.zeros_like(theta), 0)
+    def start(cls, theta, moments=2):
+        return cls(theta, np.zeros((moments, *theta.shape), theta.dtype), 0)
 
 
 def adam(state, g, beta, b1=0.9, b2=0.999, eps=1e-8):
@@ -239,15 +226,13 @@ def adam(state, g, beta, b1=0.9, b2=0.999, eps=1e-8):
 
     m ← b1 m + (1 - b1) g, v ← b2 v + (1 - b2) g², t = 1, 2, ...; eps is added after the bias correction
     is taken out (Kingma & Ba's "epsilon hat"), as in the authors' code.
-
-    Needs State.
     """
-    theta, m, v, t = state
+    theta, (m, v), t = state
     t += 1
     m = b1 * m + (1 - b1) * g
     v = b2 * v + (1 - b2) * g * g
     rate = beta * (1 - b2**t) ** 0.5 / (1 - b1**t)
-    return State(theta - rate * m / (np.sqrt(v) + eps), m, v, t)
+    return State(theta - rate * m / (np.sqrt(v) + eps), (m, v), t)
 
 
 def train(step, state, rng, iterations, map=map):
@@ -267,8 +252,6 @@ def adam_step(state, rng, outer_gradient, sample, tasks, beta, clip=np.inf, parc
     outer_gradient(theta, support, query) -> value, gradient, means over tasks; sample, tasks, parcel and map
     as in `spread`. The gradient is clipped to ±clip, element by element. FloatingPointError names the
     iteration whose loss or gradient is not finite.
-
-    Needs State, adam, mean_over_parcels, spread, parcels, on_drawn.
     """
     at_theta = partial(outer_gradient, state.theta)
     value, g = mean_over_parcels(at_theta, sample, rng, tasks, parcel, map)
@@ -278,10 +261,7 @@ def adam_step(state, rng, outer_gradient, sample, tasks, beta, clip=np.inf, parc
 
 
 def mean_over_parcels(function, sample, rng, tasks, parcel=None, map=map):
-    """The arrays function(support, query), means over a parcel's tasks, as means over all, summed in order.
-
-    Needs spread, parcels, on_drawn.
-    """
+    """The arrays function(support, query), means over a parcel's tasks, as means over all, in order."""
     results = spread(function, sample, rng, tasks, parcel, map)
     if len(results) == 1:
         return results[0]
@@ -295,8 +275,6 @@ def spread(function, sample, rng, tasks, parcel=None, map=map):
     A parcel is a seed and a count, and whoever computes it draws its tasks: so results do not depend on
     `map`, which may be any map-like, e.g. an executor's, and no data travel. One parcel alone is drawn from
     rng itself.
-
-    Needs parcels, on_drawn.
     """
     sizes = parcels(tasks, parcel)
     if len(sizes) == 1:
@@ -343,18 +321,13 @@ def evaluate(loss, theta, sample, rng, tasks, alpha, steps, metric=None, parcel=
 
     The metric is the loss unless another is given, and is called as it: metric(theta, x, y) -> [T]. sample,
     tasks, parcel and map as in `spread`.
-
-    Needs curve, spread, parcels, on_drawn, gradient, _checked, _per_task, _one_each.
     """
     one = partial(curve, loss, theta, alpha=alpha, steps=steps, metric=metric or loss)
     return np.concatenate(spread(one, sample, rng, tasks, parcel, map), axis=1)
 
 
 def curve(loss, theta, support, query, alpha, steps, metric):
-    """`evaluate` on given tasks: -> [steps + 1, T].
-
-    Needs gradient, _checked, _per_task, _one_each.
-    """
+    """`evaluate` on given tasks: -> [steps + 1, T]."""
     alpha = _checked(theta, support, alpha, steps)
     theta = _per_task(theta, support[0])
     rows = [metric(theta, *query)]
@@ -364,15 +337,17 @@ def curve(loss, theta, support, query, alpha, steps, metric):
     return np.stack(rows)
 
 
-def summarize(values, threshold):
+def summarize(values, threshold=np.inf, worst=np.inf):
     """Of values [T]: mean, 95 % interval 1.96 std / sqrt(T), median, and how many tasks diverged.
 
-    A task has diverged when its value is not finite or above `threshold`; it stays in the mean.
+    A task has diverged when its value is not finite or above `threshold`; it stays in the mean, as `worst`
+    where it is not finite.
     """
-    values = np.where(np.isfinite(values), values, np.inf).astype(float)
+    finite = np.isfinite(values)
+    diverged = int((~finite | (values > threshold)).sum())
+    values = np.where(finite, values, worst).astype(float)
     mean = values.mean()
     ci95 = 1.96 * values.std() / len(values) ** 0.5 if np.isfinite(mean) else np.inf
-    diverged = int((values > threshold).sum())
     return {
         "mean": mean,
         "ci95": ci95,
@@ -382,65 +357,247 @@ def summarize(values, threshold):
     }
 
 
-# The experiments -------------------------------------------------------------------------------
+# The settings ----------------------------------------------------------------------------------
 
+TASKS = ("sinusoid", "omniglot", "miniimagenet")
 RL_TASKS = ("navigation", "cheetah-vel", "cheetah-dir", "ant-vel", "ant-dir")
+COMMANDS = {"maml.py": TASKS, "rl.py": RL_TASKS}
 METHODS = ("maml", "fomaml", "anil", "meta-sgd", "reptile")
 BASELINES = ("random", "pretrained", "oracle", "nearest")
 UNTRAINED = ("random", "nearest")
-CLASSIFIED = {
-    "omniglot": 1100,
-    "miniimagenet": 64,
-}  # training classes, which the pretrained baseline tells apart
+LOWER = "--alpha or --beta"  # where training diverges
+CLASSIFIED = {"omniglot": 1100, "miniimagenet": 64}  # training classes, which the pretrained one tells apart
 
-# Defaults a task. A checkpoint keeps those above the line; those below it may differ at every evaluation.
-TASKS = {
-    "sinusoid": dict(
-        shots=10,
-        query=10,
-        steps=1,
-        alpha=0.01,
-        beta=0.001,
-        meta_batch=25,
-        iterations=70_000,
-        # ---
-        eval_tasks=600,
-        eval_steps=10,
-        eval_shots=[5, 10, 20],
-    ),
-    "omniglot": dict(
-        ways=5,
-        shots=1,
-        query=None,
-        net="conv",
-        filters=64,
-        steps=1,
-        alpha=2.0,
-        beta=0.001,
-        meta_batch=32,
-        iterations=60_000,
-        # ---
-        eval_tasks=600,
-        eval_steps=10,
-        eval_shots=None,
-    ),
-    "miniimagenet": dict(
-        ways=5,
-        shots=1,
-        query=15,
-        net="conv",
-        filters=32,
-        steps=5,
-        alpha=0.05,
-        beta=0.001,
-        meta_batch=4,
-        iterations=60_000,
-        # ---
-        eval_tasks=600,
-        eval_steps=10,
-        eval_shots=None,
-    ),
-}
+
+class Unusable(Exception):
+    """Bad usage or input: its message is one line for the user; exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def error(self, message):
+        raise Unusable(" ".join(message.split()))
+
+
+def number(kind, low, name, high=np.inf):
+    """A flag's kind: a finite number from `low` to `high`, which an error calls by name."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == np.inf:
+            raise ValueError
+        return value
+
+    parse.__name__ = name
+    return parse
+
+
+count = number(int, 1, "count (1 or more)")
+whole = number(int, 0, "whole number (0 or more)")
+rate = number(float, 0, "rate (finite, 0 or more)")
+
+
+class Setting(NamedTuple):
+    """A row of a table of settings: --name, what it takes, each task's default (None: it has none), meaning.
+
+    `kind` makes a value of a text, or is a tuple of choices. A default that names another setting is as that.
+    """
+
+    name: str
+    kind: object
+    defaults: dict
+    meaning: str
+
+    @property
+    def flag(self):
+        return "--" + self.name.replace("_", "-")
+
+    def shown(self):
+        """The defaults as --help has them: the most common one, then those of other tasks."""
+        tasks = {}
+        for task, value in self.defaults.items():
+            if value is not None:
+                tasks.setdefault(" ".join(map(str, value)) if isinstance(value, tuple) else value, []).append(
+                    task
+                )
+        common = max(tasks, key=lambda value: len(tasks[value]))
+        others = [f"{', '.join(names)} {value}" for value, names in tasks.items() if value != common]
+        return "; ".join([str(common), *others])
+
+
+def table_of(tasks, *rows):
+    """Rows (name, kind, a default for each task ..., meaning) as `Setting`s."""
+    return [Setting(name, kind, dict(zip(tasks, values)), meaning) for name, kind, *values, meaning in rows]
+
+
+FLOATS, NETS = ("float32", "float64"), ("conv", "mlp")
+# fmt: off
+SETTINGS = table_of(  # what a checkpoint keeps; 20-way, 5-shot and Reptile differ as `usual` says
+    TASKS,
+    #                      sinusoid   omniglot   miniimagenet
+    ("ways",       count,  None,      5,         5,         "classes N a task"),
+    ("shots",      count,  10,        1,         1,         "support examples K a task (of a class)"),
+    ("query",      count,  10,        "shots",   15,        "query examples, in training"),
+    ("net",        NETS,   None,      "conv",    "conv",    "network of images"),
+    ("filters",    count,  None,      64,        32,        "filters a convolution"),
+    ("steps",      count,  1,         1,         5,         "inner gradient steps in training"),
+    ("alpha",      rate,   0.01,      2.0,       0.05,      "inner step size"),
+    ("beta",       rate,   0.001,     0.001,     0.001,     "outer step size, Adam's"),
+    ("meta_batch", count,  25,        32,        4,         "tasks a meta-iteration"),
+    ("iterations", count,  70_000,    60_000,    60_000,    "meta-iterations in all"),
+    ("seed",       whole,  0,         0,         0,         "of every random draw"),
+    ("dtype",      FLOATS, "float32", "float32", "float32", "of all arithmetic"),
+)
+EVALUATION = table_of(  # may differ at every evaluation
+    TASKS,
+    ("eval_tasks", count, 600,         600,     600,     "unseen tasks for the table"),
+    ("eval_steps", count, 10,          10,      10,      "gradient steps, up to which it goes"),
+    ("eval_shots", count, (5, 10, 20), "shots", "shots", "support sizes to evaluate at"),
+)
+# fmt: on
+
+
+def usual(args):
+    """The defaults that depend on other flags (paper, A.1): {setting: value}."""
+    defaults = {}
+    if args.task == "omniglot" and (args.ways or 5) > 10:
+        defaults |= {"steps": 5, "meta_batch": 16}
+    if args.task == "miniimagenet" and (args.shots or 1) > 1:
+        defaults |= {"meta_batch": 2}
+    if args.method == "reptile":
+        defaults |= {"steps": 10}  # with one inner step Reptile is joint training
+    return defaults
+
+
+def settings_of(args):
+    """What a checkpoint keeps, from the flags and the task's defaults."""
+    named = task_and_method(args, TASKS)
+    task, method = named.values()
+    other = {"oracle": ("sinusoid",), "nearest": ("omniglot", "miniimagenet")}.get(method, TASKS)
+    if task not in other:
+        raise Unusable(f"--baseline {method} is for --task {' or '.join(other)}, not {task}")
+    if args.data and task == "sinusoid":
+        raise Unusable("--data is for images, and --task sinusoid has none; leave it out")
+    return named | settled(SETTINGS, task, args, usual(args), {})
+
+
+def build_parser():
+    """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
+    parser, which = start_parser(
+        "maml.py", "Model-Agnostic Meta-Learning", METHODS, BASELINES, SETTINGS + EVALUATION
+    )
+    which.add_argument(
+        "--first-order", dest="method", action="store_const", const="fomaml", help="--method fomaml"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)",
+    )
+    add_common_flags(
+        parser, "compute the parcels of an image meta-batch (default: a thread for each core)", Experiment
+    )
+    return parser
+
+
+# What reads such a table, here and in rl.py
+
+
+def task_and_method(args, tasks):
+    """{"task": ..., "method": ...} as the flags name them."""
+    if args.task is None:
+        raise Unusable(f"--task is missing; name one of {', '.join(tasks)}")
+    return {"task": args.task, "method": args.method or args.baseline or "maml"}
+
+
+def settled(rows, task, args, defaults, known):
+    """{name: value} of what the task has: the flag's, or that of `defaults`, or the table's."""
+    values = {}
+    for row in rows:
+        given, default = getattr(args, row.name), defaults.get(row.name, row.defaults[task])
+        if default is None and given is not None:
+            others = ", ".join(other for other, value in row.defaults.items() if value is not None)
+            raise Unusable(f"{row.flag} is for --task {others}, and {task} has none; leave it out")
+        if default is not None:
+            values[row.name] = default if given is None else given
+    names = known | values
+    return {
+        name: names.get(value, value) if isinstance(value, str) else value for name, value in values.items()
+    }
+
+
+def evaluation_of(rows, settings, args):
+    """{name: value} of what the table of a model with these settings is asked for."""
+    return settled(rows, settings["task"], args, {}, settings)
+
+
+def start_parser(prog, what, methods, baselines, rows):
+    """A parser of --task, --method, --baseline and a table's flags, and the group of the methods."""
+    parser = Parser(
+        prog=prog, allow_abbrev=False, description=f"{what}: meta-trains, then evaluates on unseen tasks."
+    )
+    parser.add_argument(
+        "--task", type=partial(task_name, prog), choices=COMMANDS[prog], help="the task distribution p(T)"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--method", choices=methods, help="what is learned, and how (default: maml)")
+    which.add_argument(
+        "--baseline", choices=baselines, help="in place of a method: what the paper compares with"
+    )
+    for row in rows:
+        kind = {"type": row.kind, "metavar": "N" if row.kind in (count, whole) else "X"}
+        if isinstance(row.kind, tuple):
+            kind = {"type": type(row.kind[0]), "choices": row.kind}
+        if any(isinstance(value, tuple) for value in row.defaults.values()):
+            kind["nargs"] = "+"
+        parser.add_argument(row.flag, help=f"{row.meaning} (default: {row.shown()})", **kind)
+    return parser, which
+
+
+def task_name(prog, text):
+    """A flag's value as the name of a task, where it is not the other command's."""
+    for other, known in COMMANDS.items():
+        if other != prog and text in known:
+            raise Unusable(f"{text} is a task of {other}: python {other} --task {text}")
+    return text
+
+
+def add_common_flags(parser, spread, experiment):
+    """The flags that have nothing to do with the task; `spread` says what workers do."""
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--workers", type=count, metavar="N", help=f"processes that {spread}")
+    who.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Dask scheduler whose workers do, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])",
+    )
+    often, rows = f"every {experiment.save_every} meta-iterations", ", ".join(experiment.columns)
+    for flag, kind, text in (
+        ("--save", "npz", f"checkpoint, {often}, on Ctrl-C and at the end"),
+        (
+            "--resume",
+            "npz",
+            "go on from this checkpoint, to the bits of an unbroken run; saves to it, or to --save",
+        ),
+        ("--log", "csv", f"learning curve, every {experiment.log_every} meta-iterations: {rows}"),
+        ("--results", "csv", "the final table"),
+        (
+            "--plot",
+            "png",
+            "picture of some test tasks, and the curve against gradient steps (needs matplotlib)",
+        ),
+    ):
+        parser.add_argument(flag, metavar=f"FILE.{kind}", help=text)
+    parser.add_argument(
+        "--evaluate",
+        metavar="FILE.npz",
+        nargs="+",
+        help="train nothing, evaluate these checkpoints; --alpha may be given to fine-tune at another rate",
+    )
+
+
+# The experiments -------------------------------------------------------------------------------
 
 # What the paper prints (Tables 1 and 2): (task, method, what it depends on) -> {step: figure}.
 PAPER = {
@@ -464,37 +621,42 @@ DIVERGED = 100.0  # of a sinusoid's error: four times the largest amplitude squa
 SPLITS = {"training": "train", "validation": "val", "test": "test"}
 STREAMS = ("training", "test", "validation", "init")
 KEPT_STEPS = {"omniglot": 2, "miniimagenet": 5}  # the last inner steps whose products keep what they read
-REPTILE_STEPS = 10  # with one inner step Reptile is joint training
 
 
 class Experiment:
-    """A task distribution, its network and loss, and the method that learns them, by name."""
+    """Sinusoids, and what every experiment is: a task distribution, a network, a loss, and what learns them.
 
-    parcel = None  # tasks computed at once
-    clip, map, unit = np.inf, staticmethod(map), "loss"
+    All that the command asks of one, here and in rl.py, made of the settings that a checkpoint keeps:
+
+    open(data, asked)       loads the data and finds out what is missing, for training and for the table that
+                            `asked` describes; Unusable
+    start()                 -> the State that training begins with
+    step(state, rng, map)   -> State, outcome: a meta-iteration; of the outcome `watched` is shown on the way
+    measure(state, outcome) -> a row of the log (`columns`), a line of progress, the validation score or None
+    score(theta)            -> the validation score: larger is better. With `keeps_best` it selects
+    map                     who computes parcels where no flag says; `spreads`: whether there are several
+    log_every, save_every   meta-iterations
+    """
+
+    columns, watched, log_every, save_every = ("loss", "before", "after"), "loss", 500, 1000
+    keeps_best, spreads, map = False, False, staticmethod(map)
+    parcel, clip = None, np.inf  # tasks computed at once; the largest element of a meta-gradient
+    metric_name, scale, threshold, worst, picture = "mse", 1, DIVERGED, np.inf, "sinusoids"
+    heading = f"query MSE: mean ± 95 % interval; above {DIVERGED:.0f} a task has diverged"
     meta_gradient = staticmethod(meta_gradient)
-    log_every, save_every, keeps_best = 500, 1000, False  # meta-iterations; whether validation selects
-    columns, state = ("loss", "before", "after"), State  # of the log; what `train` yields
 
     def __init__(self, settings):
         self.settings, self.method = settings, settings["method"]
-        oracle = self.method == "oracle"
-        self.network = nets.mlp((3 if oracle else 1, 40, 40, 1))
+        self.network = nets.mlp((3 if self.method == "oracle" else 1, 40, 40, 1))
         self.loss = self.metric = nets.mean_squared_error(self.network)
-        self.oracle, self.threshold = oracle, DIVERGED
 
-    @property
-    def size(self):
-        """How many numbers are learned."""
-        return self.network.size * (2 if self.method == "meta-sgd" else 1)
-
-    def open(self, path):
-        """Loads what data there is."""
+    def open(self, data, asked):
+        pass
 
     def sample(self, purpose, shots, query):
         """sample(rng, tasks) -> support, query, of tasks for a purpose."""
-        dtype = np.dtype(self.settings["dtype"])
-        return partial(tasks.sinusoid, shots=shots, query_shots=query, oracle=self.oracle, dtype=dtype)
+        oracle, dtype = self.method == "oracle", np.dtype(self.settings["dtype"])
+        return partial(tasks.sinusoid, shots=shots, query_shots=query, oracle=oracle, dtype=dtype)
 
     def eval_query(self, shots):
         """Query examples of a test task."""
@@ -505,11 +667,10 @@ class Experiment:
         return np.random.default_rng([self.settings["seed"], STREAMS.index(purpose)])
 
     def start(self):
-        """What is learned, at the start: theta [P], and for Meta-SGD its alpha [P] behind it."""
         theta = self.network.init(self.stream("init"), self.settings["dtype"])
-        if self.method != "meta-sgd":
-            return State.start(theta)
-        return State.start(np.concatenate([theta, np.zeros_like(theta) + self.inner_rate()]))
+        if self.method == "meta-sgd":
+            theta = np.concatenate([theta, np.zeros_like(theta) + self.inner_rate()])
+        return State.start(theta)
 
     def outer_gradient(self):
         """(theta, support, query) -> value, gradient: what the method descends."""
@@ -523,39 +684,35 @@ class Experiment:
         }.get(self.method, partial(joint_gradient, self.loss))
 
     def meta_batch(self):
-        """-> sample, how many tasks of it a meta-iteration takes, and how many a parcel."""
+        """What a meta-iteration takes: {sample, tasks, parcel}, as `spread` has them."""
         s = self.settings
-        return self.sample("training", s["shots"], s["query"]), s["meta_batch"], self.parcel
+        sample = self.sample("training", s["shots"], s["query"])
+        return {"sample": sample, "tasks": s["meta_batch"], "parcel": self.parcel}
 
-    def train(self, state, rng, iterations):
-        """`train` with the settings: yields (state, meta-loss)."""
-        sample, count, parcel = self.meta_batch()
-        step = partial(
+    @cached_property
+    def step(self):
+        """`adam_step` with the settings."""
+        return partial(
             adam_step,
             outer_gradient=self.outer_gradient(),
-            sample=sample,
-            tasks=count,
             beta=self.settings["beta"],
             clip=self.clip,
-            parcel=parcel,
+            **self.meta_batch(),
         )
-        return train(step, state, rng, iterations, self.map)
 
     def measure(self, state, loss):
-        """-> a row of the log, the line of progress, and the validation score or None."""
-        curve = self.validate(state.theta)
-        before, after = curve[0], curve[-1]
-        text = f"{self.unit} {before:.3f} before, {after:.3f} after adaptation"
-        return (loss, before, after), text, after
-
-    def validate(self, learned):
-        """The mean metric on validation tasks, as tested, before and after each of the training's steps."""
-        s = self.settings
-        return self.curve(learned, "validation", VALIDATION_TASKS, s["shots"], s["steps"]).mean(axis=1)
+        before, after = self.validate(state.theta)
+        text = f"validation {self.metric_name} {before:.3f} before, {after:.3f} after adaptation"
+        return (loss, before, after), text, after if self.keeps_best else None
 
     def score(self, learned):
-        """What selects the best checkpoint: larger is better."""
-        return self.validate(learned)[-1]
+        return self.validate(learned)[1]
+
+    def validate(self, learned):
+        """The mean metric on tasks like the test's, before and after the training's inner steps."""
+        s = self.settings
+        values = self.curve(learned, "validation", VALIDATION_TASKS, s["shots"], s["steps"])[[0, -1]]
+        return np.where(np.isfinite(values), values, self.worst).mean(axis=1)
 
     def inner_rate(self):
         """alpha, or an array [P]: zero on batch norm's shifts, and for ANIL on all but the last layer."""
@@ -573,9 +730,7 @@ class Experiment:
 
     def adaptation(self, learned):
         """theta and alpha with which to adapt to a new task, from what was learned."""
-        if self.method == "meta-sgd":
-            return np.split(learned, 2)
-        return learned, self.inner_rate()
+        return np.split(learned, 2) if self.method == "meta-sgd" else (learned, self.inner_rate())
 
     def curve(self, learned, purpose, count, shots, steps):
         """The metric [steps + 1, count] of unseen tasks after 0 ... steps inner steps."""
@@ -583,11 +738,18 @@ class Experiment:
         drawn = self.sample(purpose, shots, self.eval_query(shots)), self.stream(purpose), count
         return evaluate(self.loss, theta, *drawn, alpha, steps, self.metric, self.parcel, self.map)
 
+    def row_of_the_paper(self, shots):
+        """The key of PAPER for these settings, evaluated at `shots`; the paper trained at 10."""
+        s = self.settings
+        return (s["task"], s["method"], shots) if s["shots"] == 10 else None
+
 
 class ImageExperiment(Experiment):
     """N-way K-shot images: cross-entropy, accuracy, and a convolutional network or a perceptron."""
 
-    threshold, unit, save_every, keeps_best = np.inf, "accuracy", 100, True
+    save_every, keeps_best, spreads = 100, True, True
+    metric_name, scale, threshold, worst, picture = "accuracy", 100, np.inf, 0.0, "images"
+    heading = "query accuracy in %: mean ± 95 % interval"
 
     def __init__(self, settings):
         self.settings, self.method, self.images = settings, settings["method"], None
@@ -596,7 +758,7 @@ class ImageExperiment(Experiment):
         if settings["net"] == "conv":
             network = partial(nets.convnet, shape, filters=settings["filters"], pool=mini)
         else:
-            network = partial(_perceptron, shape)
+            network = partial(perceptron, shape)
         self.network, self.classifier = network(ways), network(CLASSIFIED[settings["task"]])
         self.loss = nets.cross_entropy(self.network)
         self.metric = partial(accuracy, self.network)
@@ -607,23 +769,32 @@ class ImageExperiment(Experiment):
         if mini:  # the authors clip to ±10 a loss that is ways · query / shots times the mean
             self.clip = 10 * settings["shots"] / (ways * settings["query"])
 
-    def open(self, path):
+    def open(self, data, asked):
         s = self.settings
-        path, own = path or f"data/{s['task']}", path is None
+        path = data or f"data/{s['task']}"
+        supports = np.atleast_1d(asked["eval_shots"]).tolist()
+        unseen = [(k, self.eval_query(k)) for k in supports]
+        wanted = {
+            "training": [(s["shots"], s["query"])],
+            "validation": [(s["shots"], s["shots"])],
+            "test": unseen,
+        }
         try:
-            if s["task"] == "omniglot":
-                if own and not os.path.isdir(os.path.join(path, "images_background")):
+            if s["task"] == "miniimagenet":
+                self.images = tasks.load_miniimagenet(path, max(map(sum, itertools.chain(*wanted.values()))))
+            else:
+                if not data and not os.path.isdir(os.path.join(path, "images_background")):
                     tasks.download_omniglot(path)
                 self.images = tasks.load_omniglot(path)
-            else:
-                self.images = tasks.load_miniimagenet(path, s["shots"] + s["query"])
         except (OSError, ValueError) as error:
-            raise Unusable(tasks.one_line(error))
-        for purpose in STREAMS[:3]:
-            try:
-                self.sample(purpose, s["shots"], s["query"])(self.stream(purpose), tasks=1)
-            except ValueError as error:
-                raise Unusable(f"{path}, {SPLITS[purpose]}: {error}")
+            hint = "" if data else "; or name the images' folder with --data"
+            raise Unusable(tasks.one_line(error) + hint)
+        for purpose, shapes in wanted.items():
+            for shots, query in shapes:
+                try:
+                    self.sample(purpose, shots, query)(self.stream(purpose), tasks=1)
+                except ValueError as error:
+                    raise Unusable(f"{path}, {SPLITS[purpose]}: {error}")
 
     def sample(self, purpose, shots, query):
         s = self.settings
@@ -640,10 +811,6 @@ class ImageExperiment(Experiment):
     def eval_query(self, shots):
         return shots
 
-    @property
-    def size(self):
-        return self.classifier.size if self.method == "pretrained" else super().size
-
     def start(self):
         if self.method != "pretrained":
             return super().start()
@@ -654,15 +821,9 @@ class ImageExperiment(Experiment):
         if self.method != "pretrained":
             return super().meta_batch()
         s, outputs = self.settings, self.classifier.outputs[0]
-        count = s["meta_batch"] * s["ways"] * (s["shots"] + s["query"])
-        draw = partial(
-            tasks.labelled,
-            images=self.images["train"],
-            count=count,
-            outputs=outputs,
-            dtype=np.dtype(s["dtype"]),
-        )
-        return partial(joint_sample, sample=draw), 1, None
+        count, dtype = s["meta_batch"] * s["ways"] * (s["shots"] + s["query"]), np.dtype(s["dtype"])
+        draw = partial(tasks.labelled, images=self.images["train"], count=count, outputs=outputs, dtype=dtype)
+        return {"sample": partial(joint_sample, draw=draw), "tasks": 1}
 
     def outer_gradient(self):
         if self.method == "pretrained":
@@ -685,10 +846,14 @@ class ImageExperiment(Experiment):
         sample, rng = self.sample(purpose, shots, self.eval_query(shots)), self.stream(purpose)
         return np.concatenate(spread(nearest_accuracy, sample, rng, count, self.parcel, self.map), axis=1)
 
+    def row_of_the_paper(self, shots):
+        s = self.settings
+        return (s["task"], s["method"], shots, s["ways"], s["net"]) if shots == s["shots"] else None
 
-def joint_sample(rng, tasks, sample):
-    """One data set as both support and query."""
-    batch = sample(rng)
+
+def joint_sample(rng, tasks, draw):
+    """One data set, as support and query both."""
+    batch = draw(rng)
     return batch, batch
 
 
@@ -697,14 +862,16 @@ def nearest_accuracy(support, query):
     return (tasks.nearest(support, query) * query[1]).sum(axis=-1).mean(axis=1)[None].astype(float)
 
 
-def _perceptron(shape, ways):
+def perceptron(shape, ways):
     """The authors' network without convolutions."""
     return nets.mlp((math.prod(shape), 256, 128, 64, 64, ways), normalize=True)
 
 
 def accuracy(network, theta, x, y):
-    """The fraction of examples whose largest output is at the label: -> [T]."""
-    return (network.forward(theta, x)[0].argmax(axis=-1) == y.argmax(axis=-1)).mean(axis=1)
+    """The fraction of examples whose largest output is at the label, [T]; NaN if an output is not finite."""
+    out = network.forward(theta, x)[0]
+    right = (out.argmax(axis=-1) == y.argmax(axis=-1)).mean(axis=1)
+    return np.where(np.isfinite(out).all(axis=(1, 2)), right, np.nan)
 
 
 def experiment_of(settings):
@@ -715,23 +882,18 @@ def experiment_of(settings):
 # Files -----------------------------------------------------------------------------------------
 
 
-class Unusable(Exception):
-    """Bad usage or input: its message is one line for the user; exit code 2."""
+class Best(NamedTuple):
+    """What was best on validation: its score, larger is better, its parameters and its iteration."""
+
+    score: float
+    theta: np.ndarray
+    iteration: int
 
 
 def write_file(path, data):
-    """Writes bytes to a temporary name beside `path`, then renames: `path` is whole or what it was."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+    """Bytes as the file of that name, by a link or not, as `tasks.replacing` says."""
+    with tasks.replacing(os.path.realpath(path)) as file:
+        file.write(data)
 
 
 def write_rows(path, rows):
@@ -743,86 +905,139 @@ def write_rows(path, rows):
     write_file(path, text.getvalue().encode())
 
 
-def write_figure(path, canvas):
-    """A matplotlib figure, in the format that the name's ending says."""
+def drawn(canvas, suffix):
+    """A matplotlib figure as the bytes of a file with that ending."""
     picture = io.BytesIO()
-    canvas.savefig(picture, format=os.path.splitext(path)[1].lstrip("."), dpi=110)
-    write_file(path, picture.getvalue())
+    canvas.savefig(picture, format=suffix, dpi=110)
+    return picture.getvalue()
 
 
-def check_writable(flag, path):
-    """Unusable unless a file can be made beside `path`; found out by making one (root may write anywhere)."""
-    probe = f"{path}.{os.getpid()}.tmp"
+def check_outputs(args, columns):
+    """Unusable where the run could not write a file, or would replace one that is not its own."""
+    ours = {"log": ",".join(["iteration", *columns]), "results": "task,method,"}
+    paths = {flag: getattr(args, flag) for flag in ("save", "resume", "log", "results", "plot")}
+    paths = {flag: path for flag, path in paths.items() if path}
+    paths.setdefault("save", paths.pop("resume", None))
+    if paths["save"] is None:
+        del paths["save"]
+    elif paths["save"] != args.resume and os.path.isfile(paths["save"]):
+        path = paths["save"]
+        raise Unusable(f"--save {path}: there is a file; go on from it with --resume {path}, or remove it")
+    names = {}
+    for flag, path in [*paths.items(), *(("evaluate", path) for path in args.evaluate or ())]:
+        other = names.setdefault(os.path.realpath(path), flag)
+        if other != flag:
+            raise Unusable(f"--{other} and --{flag} are both {path}; name two files")
+    for flag, path in paths.items():
+        check_writable(f"--{flag}", path, ours.get(flag))
+
+
+def check_writable(flag, path, begins=None):
+    """Unusable unless a file can be made at `path`, where there is none or one of ours, which `begins` so."""
     try:
         if os.path.isdir(path):
             raise IsADirectoryError(21, "is a folder")
-        with open(probe, "xb"):
-            os.remove(probe)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise FileExistsError(17, "is no regular file")
+        if begins and os.path.exists(path):
+            with open(path, errors="replace") as file:
+                if not file.readline(999).startswith(begins):
+                    raise Unusable(f"{flag} {path}: not the file of this run; name another, or remove it")
+        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):  # root may write anywhere
+            pass
     except OSError as error:
         raise Unusable(
             f"{flag} {path}: cannot write there ({error.strerror}); name a file in a writable folder"
         )
 
 
-def save_checkpoint(path, settings, state, rng):
-    """An .npz of `state`, the generator's state and the settings, the last two as JSON text."""
-    buffer = io.BytesIO()
+def save_checkpoint(path, settings, state, best, rng):
+    """An .npz of `state`, `best`, the generator's state and the settings, the last two as JSON text."""
     texts = {"settings": json.dumps(settings), "rng": json.dumps(rng.bit_generator.state)}
-    np.savez(buffer, **state._asdict(), **texts)
+    arrays = {f"best_{name}": value for name, value in best._asdict().items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, **state._asdict(), **arrays, **texts)
     write_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path, command):
-    """-> settings, what `command` trains, Generator; nothing is unpickled.
+def save_weights(path, settings, theta, iteration):
+    """What evaluation needs of a checkpoint, as an .npz: nothing to go on from."""
+    buffer = io.BytesIO()
+    np.savez(buffer, theta=theta, iteration=iteration, settings=json.dumps(settings))
+    write_file(path, buffer.getvalue())
 
-    Unusable where it is not a whole checkpoint of that command.
+
+def load_checkpoint(path, module):
+    """-> settings, State, Best, Generator; the last three None of a file of weights, but for State's theta.
+
+    Nothing is unpickled. Unusable where it is no whole checkpoint of the command that `module` is.
     """
     try:
-        if os.path.exists(path) and not zipfile.is_zipfile(path):
+        if os.path.exists(path) and not (os.path.isfile(path) and zipfile.is_zipfile(path)):
             raise ValueError("it is no .npz file")
         with zipfile.ZipFile(path) as members:
             if sum(member.file_size for member in members.infolist()) > os.path.getsize(path):
                 raise ValueError("it is compressed, and --save compresses nothing")
-        with np.load(path, allow_pickle=False) as arrays:
-            settings, rng_state = (json.loads(str(arrays[key])) for key in ("settings", "rng"))
-            kept = {key: arrays[key] for key in arrays if key not in ("settings", "rng", "iteration")}
-            iteration = int(arrays["iteration"])
-        rng = np.random.default_rng(0)
-        rng.bit_generator.state = rng_state
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items() if key != "method"]
-        kind = "baseline" if settings["method"] in BASELINES else "method"
-        parsed = command.parser().parse_args([*flags, f"--{kind}={settings['method']}"])
-        if command.settings_of(parsed) != settings:
+        with np.load(path, allow_pickle=False) as members:
+            arrays = {name: members[name] for name in members}
+        settings = json.loads(str(arrays.pop("settings")))
+        if module.settings_of(module.build_parser().parse_args(words_of(settings))) != settings:
             raise ValueError(f"its settings are {', '.join(settings)}")
-        if iteration < 0:
-            raise ValueError(f"its iteration is {iteration}")
-        experiment = command.experiment_of(settings)
-        state = experiment.state(**kept, iteration=iteration)
-        expected = (experiment.size,), np.dtype(settings["dtype"])
+        return settings, *unpacked(arrays, module.experiment_of(settings).start())
     except FileNotFoundError:
         raise Unusable(f"{path}: there is no such file; name a checkpoint that --save wrote")
     except Exception as error:  # whatever the bytes hold
         reason = tasks.one_line(error)
         raise Unusable(f"{path}: not a whole checkpoint ({reason}); name a file that --save wrote")
-    for name, found in kept.items():
-        if (found.shape, found.dtype) != expected:
-            raise Unusable(
-                f"{path}: {name} is {found.dtype} {found.shape}; expected {expected[1]} {expected[0]}"
-            )
-    return settings, state, rng
+
+
+def unpacked(arrays, start):
+    """A checkpoint's arrays -> State, Best, Generator, which must be shaped as `start` is."""
+    rng = None
+    if "rng" in arrays:
+        rng = np.random.default_rng(0)
+        rng.bit_generator.state = json.loads(str(arrays.pop("rng")))
+    else:
+        start = start._replace(moments=None)
+    best = Best(0.0, start.theta, 0) if rng else None
+    expected = start._asdict() | {
+        f"best_{name}": value for name, value in (best._asdict() if best else {}).items()
+    }
+    expected = {name: np.asarray(value) for name, value in expected.items() if value is not None}
+    for name in expected.keys() | arrays.keys():
+        found, wanted = arrays.get(name), expected.get(name)
+        if found is None or wanted is None:
+            raise ValueError(f"{name} is {'missing' if found is None else 'not of this run'}")
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(f"{name} is {found.dtype} {found.shape}; expected {wanted.dtype} {wanted.shape}")
+    if arrays["iteration"] < 0:
+        raise ValueError(f"its iteration is {arrays['iteration']}")
+    state = State(arrays["theta"], arrays.get("moments"), int(arrays["iteration"]))
+    if best:
+        best = Best(float(arrays["best_score"]), arrays["best_theta"], int(arrays["best_iteration"]))
+    return state, best, rng
+
+
+def words_of(settings):
+    """The words of a command line that has these settings."""
+    kind = "baseline" if settings["method"] in BASELINES else "method"
+    flags = {kind if key == "method" else key.replace("_", "-"): value for key, value in settings.items()}
+    return [f"--{flag}={value}" for flag, value in flags.items()]
 
 
 class Log:
-    """The learning curve as CSV, one row a write, so that no row is torn; it goes on after `iteration`."""
+    """The learning curve as CSV, a row a write, so that none is torn; it goes on after `iteration`.
 
-    def __init__(self, path, columns, iteration):
+    Of an earlier part of the run the rows are kept that the unbroken run has: one every `every` iterations.
+    """
+
+    def __init__(self, path, columns, iteration, every):
         head, rows = ["iteration", *columns], []
         if iteration and os.path.exists(path):
             with open(path, newline="", errors="replace") as file:
-                rows = list(csv.reader(file))
-            if rows[:1] != [head]:
-                raise Unusable(f"--log {path}: not the log of this run; name another file, or remove it")
-            rows = [row for row in rows[1:] if row and int(row[0]) <= iteration]
+                lines = [line.split(",") for line in file.read().splitlines()]
+            rows = [row for row in lines if len(row) == len(head) and row[0].isdigit()]
+            rows = [row for row in rows if int(row[0]) <= iteration and int(row[0]) % every == 0]
         write_file(path, "".join(",".join(row) + "\n" for row in [head, *rows]).encode())
         self.file = open(path, "ab", buffering=0)
 
@@ -830,192 +1045,97 @@ class Log:
         self.file.write((",".join(map(str, row)) + "\n").encode())
 
 
-# The command line ------------------------------------------------------------------------------
+# A run -----------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors are one line."""
+def main(argv=None, module=None):
+    """Runs the command line that `module` (this, or rl) describes: -> exit code.
 
-    def error(self, message):
-        raise Unusable(" ".join(message.split()))
-
-
-def count(text):
-    """A flag's value as a whole number, 1 or more."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def whole(text):
-    """A flag's value as a whole number, 0 or more."""
-    number = int(text)
-    if number < 0:
-        raise ValueError
-    return number
-
-
-def rate(text):
-    """A flag's value as a finite number, 0 or more."""
-    number = float(text)
-    if not 0 <= number < np.inf:
-        raise ValueError
-    return number
-
-
-def task_name(text):
-    """A flag's value as the name of a task that this command knows."""
-    if text in RL_TASKS:
-        raise Unusable(f"{text} is a task of rl.py: python rl.py --task {text}")
-    return text
+    The module has build_parser() and settings_of(args); experiment_of(settings), whose contract `Experiment`
+    states; report(models, args); EVALUATION, the table of what an evaluation may be asked; and LOWER, what to
+    lower where training diverges.
+    """
+    module = module or sys.modules[__name__]
+    name = f"{module.__name__}.py"
+    for stream in ("stdout", "stderr"):  # closed, or without some character: no reason to stop
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w"))
+        if hasattr(getattr(sys, stream), "reconfigure"):
+            getattr(sys, stream).reconfigure(errors="replace")
+    one_blas_thread()
+    try:
+        with np.errstate(all="ignore"):
+            return run(module.build_parser().parse_args(argv), module)
+    except Unusable as error:
+        tell(f"{name}: {error}")
+        return 2
+    except (FloatingPointError, OSError) as error:
+        tell(f"{name}: {error}")
+        return 1
+    except BrokenExecutor:
+        tell(f"{name}: a worker was lost; --resume goes on from the last checkpoint")
+        return 1
+    except KeyboardInterrupt:
+        tell(f"{name}: interrupted")
+        return 130
 
 
-count.__name__, whole.__name__, rate.__name__ = (
-    "count (1 or more)",
-    "whole number (0 or more)",
-    "rate (finite, 0 or more)",
-)
-
-# Flag, type, unit and meaning. The first group is what a checkpoint keeps; defaults are in TASKS.
-SETTINGS = (
-    ("--shots", count, "support examples K a task"),
-    ("--query", count, "query examples a task in training"),
-    ("--steps", count, "inner gradient steps in training"),
-    ("--alpha", rate, "inner step size, loss gradient to parameters"),
-    ("--beta", rate, "outer step size, Adam's"),
-    ("--meta-batch", count, "tasks a meta-iteration"),
-    ("--iterations", count, "meta-iterations in all"),
-    ("--ways", count, "classes N a task"),
-    ("--filters", count, "filters a convolution"),
-)
-EVALUATION = (
-    ("--eval-tasks", count, "unseen tasks for the table"),
-    ("--eval-steps", count, "gradient steps up to which the table goes"),
-)
-
-
-def build_parser():
-    """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
-    parser = Parser(
-        prog="maml.py",
-        allow_abbrev=False,
-        description="Model-Agnostic Meta-Learning: meta-trains, then evaluates on unseen tasks.",
-    )
-    parser.add_argument("--task", type=task_name, choices=TASKS, help="the task distribution p(T)")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--method", choices=METHODS, help="what is learned, and how (default: maml)")
-    which.add_argument(
-        "--baseline", choices=BASELINES, help="in place of a method: what the paper compares with"
-    )
-    for flag, kind, text in SETTINGS + EVALUATION:
-        key = flag[2:].replace("-", "_")
-        tables = [f"{task} {table[key] or 'as shots'}" for task, table in TASKS.items() if key in table]
-        defaults = ", ".join(tables)
-        parser.add_argument(
-            flag, type=kind, metavar="N" if kind is count else "RATE", help=f"{text} (default: {defaults})"
+def run(args, module):
+    """Trains, or loads what was trained, and reports: -> exit code. What can be wrong is found out first."""
+    prepared = [evaluated(path, args, module) for path in args.evaluate or ()] or [started(args, module)]
+    experiments = [experiment for experiment, *_ in prepared]
+    check_outputs(args, experiments[0].columns)
+    module.check_plot(args, experiments)
+    for experiment in experiments:
+        if (args.workers or args.scheduler) and not experiment.spreads:
+            raise Unusable(
+                f"{experiment.settings['task']} has nothing to spread; leave out --workers, --scheduler"
+            )
+        experiment.open(
+            getattr(args, "data", None), evaluation_of(module.EVALUATION, experiment.settings, args)
         )
-    parser.add_argument(
-        "--eval-shots",
-        type=count,
-        nargs="+",
-        metavar="K",
-        help="support sizes to evaluate at (default: sinusoid 5 10 20, else --shots)",
-    )
-    add_worker_flags(parser, "compute the chunks of an image meta-batch (default: a thread for each core)")
-    parser.add_argument("--net", choices=("conv", "mlp"), help="of images (default: conv)")
-    which.add_argument(
-        "--first-order", dest="method", action="store_const", const="fomaml", help="--method fomaml"
-    )
-    parser.add_argument(
-        "--data",
-        metavar="FOLDER",
-        help="of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)",
-    )
-    add_common_flags(parser, Experiment)
-    return parser
+    with workers_of(args, module) as map:
+        for experiment in experiments:
+            experiment.map = map or experiment.map
+        if args.evaluate:
+            models = prepared
+        else:
+            learned = meta_train(*prepared[0], args, module)
+            if learned is None:
+                return 130
+            models = [(experiments[0], learned)]
+        module.report(models, args)
+    return 0
 
 
-def add_worker_flags(parser, what):
-    """Who computes the chunks of a meta-batch; the bits do not depend on it."""
-    who = parser.add_mutually_exclusive_group()
-    who.add_argument(
-        "--workers",
-        type=count,
-        metavar="N",
-        help=f"processes that {what}",
-    )
-    who.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="Dask scheduler whose workers compute them, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])",
-    )
+def evaluated(path, args, module):
+    """A checkpoint to evaluate -> its experiment, and what was learned."""
+    for flag in ("resume", "save", "log", "iterations"):
+        if getattr(args, flag):
+            raise Unusable(
+                f"--evaluate trains nothing, so --{flag} does not go with it; leave one of them out"
+            )
+    settings, state, *_ = load_checkpoint(path, module)
+    check_agreement(args, settings, path, free=() if settings["method"] == "meta-sgd" else ("alpha",))
+    settings["alpha"] = settings["alpha"] if args.alpha is None else args.alpha
+    settings["iterations"] = state.iteration  # of a stopped run, or the best, not those asked for
+    return module.experiment_of(settings), state.theta
 
 
-def add_common_flags(parser, experiment):
-    """The flags that have nothing to do with the task."""
-    parser.add_argument("--seed", type=whole, metavar="N", help="of every random draw (default: 0)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float64"), help="of all arithmetic (default: float32)"
-    )
-    parser.add_argument(
-        "--save",
-        metavar="FILE.npz",
-        help=f"checkpoint, every {experiment.save_every} meta-iterations, on Ctrl-C and at the end",
-    )
-    parser.add_argument(
-        "--resume",
-        metavar="FILE.npz",
-        help="go on from this checkpoint, to the bits of an unbroken run; saves to it unless --save is given",
-    )
-    parser.add_argument(
-        "--evaluate",
-        metavar="FILE.npz",
-        nargs="+",
-        help="train nothing, evaluate these checkpoints; --alpha may be given to fine-tune at another rate",
-    )
-    parser.add_argument(
-        "--log",
-        metavar="FILE.csv",
-        help=f"learning curve, every {experiment.log_every} meta-iterations: {', '.join(experiment.columns)}",
-    )
-    parser.add_argument("--results", metavar="FILE.csv", help="the final table")
-    parser.add_argument(
-        "--plot",
-        metavar="FILE.png",
-        help="picture of some test tasks, and the curve against gradient steps (needs matplotlib)",
-    )
-
-
-def settings_of(args):
-    """What a checkpoint keeps, from the flags and the task's defaults."""
-    if args.task is None:
-        raise Unusable(f"--task is missing; name one of {', '.join(TASKS)}")
-    settings = {"task": args.task, "method": args.method or args.baseline or "maml"}
-    other = {"oracle": "sinusoid", "nearest": "omniglot or miniimagenet"}.get(settings["method"], args.task)
-    if args.task not in other:
-        raise Unusable(f"--baseline {settings['method']} is for --task {other}, not {args.task}")
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    for key, default in defaults(args.task, settings["method"], given).items():
-        settings[key] = given.get(key, default)
-    for key in {"ways", "net", "filters", "data"} & set(given) - set(settings):
-        if key != "data" or args.task == "sinusoid":
-            raise Unusable(f"--{key} is for images, and --task {args.task} has none; leave it out")
-    return settings
-
-
-def defaults(task, method, given):
-    """{setting: value} where no flag is given; some depend on the others (paper, A.1)."""
-    table = {key: value for key, value in TASKS[task].items() if not key.startswith("eval_")}
-    if task == "omniglot" and given.get("ways", 5) > 10:
-        table |= {"steps": 5, "meta_batch": 16}
-    if task == "miniimagenet" and given.get("shots", 1) > 1:
-        table |= {"meta_batch": 2}
-    if "query" not in given and table["query"] is None:
-        table |= {"query": given.get("shots", table["shots"])}
-    if method == "reptile":
-        table |= {"steps": REPTILE_STEPS}
-    return table | {"seed": 0, "dtype": "float32"}
+def started(args, module):
+    """A run from its start, or from --resume -> its experiment, State, Best and Generator."""
+    if not args.resume:
+        experiment = module.experiment_of(module.settings_of(args))
+        state = experiment.start()
+        return experiment, state, Best(-np.inf, state.theta, 0), experiment.stream("training")
+    settings, state, best, rng = load_checkpoint(args.resume, module)
+    if rng is None:
+        raise Unusable(f"{args.resume} holds weights alone, to --evaluate; resume the checkpoint beside it")
+    check_agreement(args, settings, args.resume, free=("iterations",))
+    settings["iterations"] = args.iterations or settings["iterations"]
+    if settings["iterations"] <= state.iteration:
+        raise Unusable(f"{args.resume} is at iteration {state.iteration}; give --iterations above that")
+    return module.experiment_of(settings), state, best, rng
 
 
 def check_agreement(args, settings, path, free):
@@ -1023,25 +1143,147 @@ def check_agreement(args, settings, path, free):
     for key, kept in settings.items():
         given = (args.method or args.baseline) if key == "method" else getattr(args, key)
         if given is not None and given != kept and key not in free:
-            raise Unusable(
-                f"{path} was trained with {key.replace('_', '-')} {kept}, not {given}; leave the flag out"
+            flag = key.replace("_", "-")
+            hint = (
+                f"give --eval-{flag}"
+                if hasattr(args, f"eval_{key}") and args.evaluate
+                else "leave the flag out"
             )
+            raise Unusable(f"{path} was trained with {flag} {kept}, not {given}; {hint}")
 
 
-def check_plottable(args, models):
-    """Unusable where one picture would have to show sinusoids and images."""
-    if args.plot and len({type(experiment) for experiment, _ in models}) > 1:
-        raise Unusable("--plot draws checkpoints of one kind of task; leave the others out of --evaluate")
+def meta_train(experiment, state, best, rng, args, module):
+    """`train` with checkpoints, learning curve, progress and Ctrl-C: -> what was learned, or None if stopped.
+
+    Where validation selects, that is what was best on it, kept beside --save in FILE.best.npz. What is
+    measured at an end that is not due counts for this end alone, so that a resumed run is the unbroken one.
+    """
+    settings, save, final = experiment.settings, args.save or args.resume, best
+    iterations = iterations_of(settings)
+    log = args.log and Log(args.log, experiment.columns, state.iteration, experiment.log_every)
+    with (
+        Interrupt(module) as interrupt,
+        Progress(state.iteration, iterations, experiment.watched) as progress,
+    ):
+        try:
+            run = train(experiment.step, state, rng, iterations, experiment.map)
+            for state, outcome in run:
+                i, last = state.iteration, state.iteration == iterations
+                due = i % experiment.log_every == 0
+                if due or last:
+                    row, progress.text, score = experiment.measure(state, outcome)
+                    if log:
+                        log.write(i, *row)
+                    due = due and score is not None
+                    if last and experiment.keeps_best and score is None:
+                        score = experiment.score(state.theta)
+                    if score is not None and score > final.score:
+                        final = Best(score, state.theta, i)
+                        best = final if due else best
+                        if save:
+                            save_weights(best_of(save), settings, final.theta, i)
+                if save and (i % experiment.save_every == 0 or last or interrupt.asked):
+                    save_checkpoint(save, settings, state, best, rng)
+                progress.show(i, last, outcome)
+                if interrupt.asked and not last:
+                    hint = f"saved; go on with --resume {save}" if save else "nothing was saved (no --save)"
+                    progress.say(f"{module.__name__}.py: interrupted at iteration {i}: {hint}")
+                    return None
+        except FloatingPointError as error:
+            kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
+            raise FloatingPointError(f"{error}: lower {module.LOWER}{kept}") from None
+    if save and iterations == 0:
+        save_checkpoint(save, settings, state, best, rng)
+    return final.theta if experiment.keeps_best and iterations else state.theta
+
+
+def best_of(save):
+    """Where what is best on validation is kept: FILE.best.npz beside FILE.npz."""
+    root, suffix = os.path.splitext(save)
+    return f"{root}.best{suffix}"
+
+
+def iterations_of(settings):
+    """Meta-iterations that a run of these settings takes."""
+    return 0 if settings["method"] in UNTRAINED else settings["iterations"]
+
+
+class Interrupt:
+    """Ctrl-C as a flag, `asked`; the second one interrupts as ever."""
+
+    def __init__(self, module):
+        self.name = f"{module.__name__}.py"
+
+    def __enter__(self):
+        self.asked = False
+        self.previous = signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tell(f"\n{self.name}: stops after this meta-iteration; Ctrl-C again stops it now")
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.previous)
+
+
+class Progress:
+    """One updating line on a terminal's stderr; elsewhere a plain line every ten seconds."""
+
+    def __init__(self, iteration, iterations, watched):
+        self.first, self.iterations, self.watched = iteration, iterations, watched
+        self.text, self.shown, self.smooth = "", None, None
+        self.terminal = sys.stderr.isatty()
+
+    def __enter__(self):
+        self.began = time.monotonic()
+        return self
+
+    def show(self, iteration, last, outcome):
+        """`outcome`, or its second number, is shown smoothed over some fifty meta-iterations."""
+        value, now = np.ravel(outcome)[:2][-1], time.monotonic()
+        self.smooth = value if self.smooth is None else self.smooth + (value - self.smooth) / 50
+        if not last and now - (self.shown or self.began) < (0.2 if self.terminal else 10):
+            return
+        self.shown = now
+        speed = (iteration - self.first) / max(now - self.began, 1e-9)
+        pace = f"{speed:.4g} iterations/s" if speed > 1 else f"{1 / speed:.3g} s/iteration"
+        left = datetime.timedelta(seconds=round((self.iterations - iteration) / speed))
+        line = f"{iteration}/{self.iterations}  {self.watched} {self.smooth:.3f}  {self.text}  {pace}"
+        line += f"  {left} left"
+        ends = ("\r", "\033[K", "") if self.terminal else ("", "", "\n")
+        tell(f"{ends[0]}{line}{ends[1]}", end=ends[2])
+
+    def say(self, line):
+        """Another line, below the updating one."""
+        tell("\n" * (self.terminal and self.shown is not None) + line)
+        self.shown = None
+
+    def __exit__(self, *_):
+        if self.terminal and self.shown is not None:
+            tell("")
+
+
+def tell(text, end="\n", to="stderr"):
+    """Prints; where nobody reads, what is printed is dropped from then on."""
+    try:
+        print(text, end=end, file=getattr(sys, to), flush=True)
+    except (OSError, ValueError):
+        setattr(sys, to, open(os.devnull, "w"))
+
+
+# Workers ---------------------------------------------------------------------------------------
 
 
 @contextmanager
-def workers_of(args, command):
+def workers_of(args, module):
     """The map that --workers or --scheduler asks for, or None; closed at the end."""
     if args.workers:
         with process_pool(args.workers) as pool:
             yield partial(pool_map, pool, args.workers)
     elif args.scheduler:
-        with dask_client(args.scheduler, command) as client:
+        with dask_client(args.scheduler, module) as client:
             yield partial(_dask_map, client)
     else:
         yield None
@@ -1067,24 +1309,24 @@ def _die_with_parent():
 def pool_map(pool, workers, function, *columns):
     """pool.map with one parcel a worker, so that theta travels once to each."""
     columns = [list(column) for column in columns]
-    return pool.map(function, *columns, chunksize=-(-len(columns[0]) // workers))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what starts now is born with it
+    try:
+        return pool.map(function, *columns, chunksize=-(-len(columns[0]) // workers))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _dask_map(client, function, *columns):
-    """The executor's map; a chunk whose worker is lost goes to another."""
+    """The executor's map; a parcel whose worker is lost goes to another."""
     from distributed import KilledWorker
 
     try:
         return list(client.get_executor().map(function, *columns))
     except KilledWorker:
-        raise WorkerLost from None
+        raise BrokenExecutor from None
 
 
-class WorkerLost(Exception):
-    """Dask gave a chunk up after several workers died of it."""
-
-
-def dask_client(address, command):
+def dask_client(address, module):
     """A client of the scheduler there, whose workers have been sent this project's modules."""
     try:
         from distributed import Client
@@ -1097,345 +1339,187 @@ def dask_client(address, command):
         raise Unusable(
             f"--scheduler {address}: no scheduler answers ({reason}); start one with dask scheduler"
         )
-    for name in dict.fromkeys(("nets", "tasks", __name__, command.settings_of.__module__)):
+    for name in dict.fromkeys(("nets", "tasks", __name__, module.__name__)):
         client.upload_file(sys.modules[name].__file__, load=False)
     client.run(one_blas_thread)
     return client
 
 
-class Command(NamedTuple):
-    """What this file's command line and rl.py's differ in."""
-
-    name: str
-    parser: object
-    settings_of: object
-    experiment_of: object
-    report: object
-    lower: str  # what to lower where training diverges
-
-
-def run(args, command):
-    """The command: -> exit code."""
-    with workers_of(args, command) as map:
-        return run_on(args, command, map)
-
-
-def run_on(args, command, map):
-    """`run`, where `map` is not None as the experiments' map."""
-    for flag in ("save", "resume", "log", "results", "plot"):
-        if getattr(args, flag):
-            check_writable(f"--{flag}", getattr(args, flag))
-    if args.plot:
-        check_plotting(args.plot)
-    if args.evaluate:
-        for flag in ("resume", "save", "log", "iterations"):
-            if getattr(args, flag):
-                raise Unusable(
-                    f"--evaluate trains nothing, so --{flag} does not go with it; leave one of them out"
-                )
-        models = []
-        for path in args.evaluate:
-            settings, state, _ = load_checkpoint(path, command)
-            check_agreement(args, settings, path, free=() if settings["method"] == "meta-sgd" else ("alpha",))
-            settings["alpha"] = settings["alpha"] if args.alpha is None else args.alpha
-            settings["iterations"] = state.iteration  # of a stopped run, or the best, not those asked for
-            models.append((command.experiment_of(settings), state.theta))
-        check_plottable(args, models)
-        for experiment, _ in models:
-            experiment.map = map or experiment.map
-            experiment.open(getattr(args, "data", None))
-    else:
-        if args.resume:
-            settings, state, rng = load_checkpoint(args.resume, command)
-            check_agreement(args, settings, args.resume, free=("iterations",))
-            settings["iterations"] = args.iterations or settings["iterations"]
-            if settings["iterations"] <= state.iteration:
-                raise Unusable(
-                    f"{args.resume} is at iteration {state.iteration}; give --iterations above that"
-                )
-            experiment = command.experiment_of(settings)
-        else:
-            experiment = command.experiment_of(command.settings_of(args))
-            rng, state = experiment.stream("training"), experiment.start()
-        check_plottable(args, [(experiment, None)])
-        experiment.map = map or experiment.map
-        experiment.open(getattr(args, "data", None))
-        learned = meta_train(experiment, state, rng, args.save or args.resume, args.log, command)
-        if learned is None:
-            return 130
-        models = [(experiment, learned)]
-    command.report(models, args)
-    return 0
-
-
-def meta_train(experiment, state, rng, save, log, command):
-    """`train` with checkpoints, learning curve, progress and Ctrl-C: -> what was learned, or None if stopped.
-
-    Where validation selects, that is what was best on it, kept beside `save` in FILE.best.npz.
-    """
-    settings = experiment.settings
-    iterations = iterations_of(settings)
-    best = kept_best(experiment, save, state, command)
-    log = log and Log(log, experiment.columns, state.iteration)
-    run = experiment.train(state, rng, iterations)
-    with Interrupt() as interrupt, Progress(state.iteration, iterations) as progress:
-        try:
-            for state, outcome in run:
-                i, last = state.iteration, state.iteration == iterations
-                if i % experiment.log_every == 0 or last:
-                    row, progress.text, score = experiment.measure(state, outcome)
-                    if log:
-                        log.write(i, *row)
-                    if score is not None and score > best[0]:
-                        best = score, state
-                        if save:
-                            save_checkpoint(best_of(save), settings, state, rng)
-                if save and (i % experiment.save_every == 0 or last or interrupt.asked):
-                    save_checkpoint(save, settings, state, rng)
-                progress.show(i, last)
-                if interrupt.asked and not last:
-                    hint = f"saved; go on with --resume {save}" if save else "nothing was saved (no --save)"
-                    progress.say(f"{command.name}: interrupted at iteration {i}: {hint}")
-                    return None
-        except FloatingPointError as error:
-            kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
-            raise FloatingPointError(f"{error}: lower {command.lower}{kept}") from None
-    if save and iterations == 0:
-        save_checkpoint(save, settings, state, rng)
-    return (best[1] or state).theta
-
-
-def best_of(save):
-    """Where the checkpoint that is best on validation is kept: FILE.best.npz beside FILE.npz."""
-    root, suffix = os.path.splitext(save)
-    return f"{root}.best{suffix}"
-
-
-def kept_best(experiment, save, state, command):
-    """(validation score, State) of the best so far, in an earlier part of this run; the State may be None."""
-    if not experiment.keeps_best:
-        return np.inf, None
-    if state.iteration == 0 or not save or not os.path.exists(best_of(save)):
-        return -np.inf, None
-    settings, state, _ = load_checkpoint(best_of(save), command)
-    if settings != experiment.settings | {"iterations": settings["iterations"]}:
-        return -np.inf, None
-    return experiment.score(state.theta), state
-
-
-class Interrupt:
-    """Ctrl-C as a flag, `asked`; the second one interrupts as ever."""
-
-    def __enter__(self):
-        self.asked = False
-        self.previous = signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.previous)
-
-
-class Progress:
-    """One updating line on a terminal's stderr; elsewhere a plain line every ten seconds."""
-
-    def __init__(self, iteration, iterations):
-        self.first, self.iterations, self.text, self.shown = iteration, iterations, "", None
-        self.terminal = sys.stderr.isatty()
-
-    def __enter__(self):
-        self.began = time.monotonic()
-        return self
-
-    def show(self, iteration, last):
-        now = time.monotonic()
-        if not last and now - (self.shown or self.began) < (0.2 if self.terminal else 10):
-            return
-        self.shown = now
-        speed = (iteration - self.first) / max(now - self.began, 1e-9)
-        left = round((self.iterations - iteration) / speed)
-        line = f"{iteration}/{self.iterations}  {self.text}  {speed:.4g} iterations/s"
-        line += f"  {left // 60}:{left % 60:02d} left"
-        ends = ("\r", "\033[K", "") if self.terminal else ("", "", "\n")
-        print(f"{ends[0]}{line}{ends[1]}", end=ends[2], file=sys.stderr, flush=True)
-
-    def say(self, line):
-        """Another line, below the updating one."""
-        print("\n" * (self.terminal and self.shown is not None) + line, file=sys.stderr)
-        self.shown = None
-
-    def __exit__(self, *_):
-        if self.terminal and self.shown is not None:
-            print(file=sys.stderr)
+# The report ------------------------------------------------------------------------------------
 
 
 def report(models, args):
-    """The table of each model, on stdout and in --results; --plot."""
-    rows, curves = [], []
-    for experiment, learned in models:
-        settings = experiment.settings
-        table = TASKS[settings["task"]] | {
-            "eval_shots": TASKS[settings["task"]]["eval_shots"] or [settings["shots"]]
-        }
-        asked = {key: getattr(args, key) or table[key] for key in ("eval_tasks", "eval_steps", "eval_shots")}
-        metric = "mse" if experiment.unit == "loss" else "accuracy"
-        for shots in asked["eval_shots"]:
+    """The table of each model, in --results and on stdout; --plot."""
+    rows, curves, tables = [], [], []
+    for (experiment, learned), name in zip(models, names_of(models, args)):
+        s, asked = experiment.settings, evaluation_of(EVALUATION, experiment.settings, args)
+        measured = []
+        for shots in np.atleast_1d(asked["eval_shots"]).tolist():
+            tell(f"evaluating {asked['eval_tasks']} tasks of {shots} shots", end="\n")
             values = experiment.curve(learned, "test", asked["eval_tasks"], shots, asked["eval_steps"])
-            curves.append((settings["method"], shots, [summarize(v, experiment.threshold) for v in values]))
-            label = {"task": settings["task"], "method": settings["method"], "shots": shots}
-            for step, row in enumerate(curves[-1][2]):
-                rows.append(label | {"step": step, "metric": metric} | row)
-        print_table(settings, asked, curves[-len(asked["eval_shots"]) :])
+            measured.append((shots, [summarize(v, experiment.threshold, experiment.worst) for v in values]))
+            label = {"task": s["task"], "method": s["method"], "shots": shots}
+            rows += [
+                label | {"step": i, "metric": experiment.metric_name} | row
+                for i, row in enumerate(measured[-1][1])
+            ]
+        tables.append(table(experiment, asked, measured, name))
+        curves += [(f"{name}, K = {shots}", summaries) for shots, summaries in measured]
     if args.results:
         write_rows(args.results, rows)
+    for text in tables:
+        tell(text, to="stdout")
     if args.plot:
-        draw = plot_images if isinstance(models[0][0], ImageExperiment) else plot
-        write_figure(args.plot, draw(models, curves, args.log))
+        draw = {"sinusoids": plot_sinusoids, "images": plot_images}[models[0][0].picture]
+        write_file(args.plot, drawn(draw(models, curves, args.log), os.path.splitext(args.plot)[1][1:]))
 
 
-def print_table(settings, asked, curves):
+def names_of(models, args):
+    """What tells models apart: their methods, or their files where these do not."""
+    methods = [experiment.method for experiment, _ in models]
+    return methods if len(set(methods)) == len(methods) else args.evaluate
+
+
+def table(experiment, asked, curves, name):
     """One model's table: a row a gradient step, a column a support size, and the paper's figures."""
-    task, method, images = settings["task"], settings["method"], "ways" in settings
-    kind = f", {settings['ways']}-way, {settings['net']}" if images else ""
-    print(f"\n{task}{kind}, {method}, seed {settings['seed']}, {iterations_of(settings)} meta-iterations")
-    what = "query accuracy in %" if images else f"query MSE; diverged: above {DIVERGED:.0f}"
-    print(f"{asked['eval_tasks']} unseen tasks: mean ± 95 % interval, median, tasks diverged ({what})\n")
-    print("steps  " + "".join(f"{f'K = {shots}':<34}" for _, shots, _ in curves) + "paper")
-    for step in range(max(len(rows) for _, _, rows in curves)):
-        cells, paper = [], []
-        for _, shots, rows in curves:
-            row = rows[step]
-            mean, ci95, median = (
-                figure(row[key] * (100 if images else 1)) for key in ("mean", "ci95", "median")
-            )
-            cell = f"{mean} ± {ci95}  {median}  {row['diverged'] or '-'}"
-            cells.append(f"{cell:<34}")
-            key = (
-                (task, method, shots, settings["ways"], settings["net"]) if images else (task, method, shots)
-            )
-            printed = PAPER.get(key, {}).get(step)
+    s, scale = experiment.settings, experiment.scale
+    kind = f", {s['ways']}-way, {s['net']}" if "ways" in s else ""
+    what = f"{s['task']}{kind}, {s['method']}, seed {s['seed']}, {iterations_of(s)} meta-iterations"
+    lines = [
+        f"\n{what}{f', {name}' if name != s['method'] else ''}",
+        f"{asked['eval_tasks']} unseen tasks, {experiment.heading}\n",
+        f"steps  {''.join(f'K = {shots}'.ljust(34) for shots, _ in curves)}paper",
+    ]
+    for step in range(max(len(rows) for _, rows in curves)):
+        cells, paper = "", []
+        for shots, rows in curves:
+            cells += cell(rows[step], scale).ljust(34)
+            printed = PAPER.get(experiment.row_of_the_paper(shots), {}).get(step)
             paper += [f"{printed} at K = {shots}"] if printed else []
-        print(f"{step:>5}  {''.join(cells)}{', '.join(paper)}".rstrip())
+        lines.append(f"{step:>5}  {cells}{', '.join(paper)}".rstrip())
+    return "\n".join(lines)
 
 
-def iterations_of(settings):
-    """Meta-iterations that a run of these settings takes."""
-    return 0 if settings["method"] in UNTRAINED else settings["iterations"]
+def cell(row, scale):
+    """A mean with its interval, or how many tasks diverged, and the median."""
+    mean, ci95, median = (
+        f"{row[key] * scale:.{3 if scale == 1 else 2}f}" for key in ("mean", "ci95", "median")
+    )
+    if row["diverged"]:
+        return f"median {median}, {row['diverged']} of {row['tasks']} diverged"
+    return f"{mean} ± {ci95}"
 
 
-def figure(number):
-    """A number in seven places."""
-    return f"{number:.3f}" if number < 1000 else f"{number:.1e}"
+# Pictures: each is a function of its own, to be changed at will -------------------------------------
 
 
-def check_plotting(path):
-    """Unusable where matplotlib is missing or does not know the kind of picture."""
+def check_plot(args, experiments):
+    """Unusable where --plot could not be drawn."""
+    if not args.plot:
+        return
     try:
         from matplotlib import backend_bases
     except ImportError:
         raise Unusable("--plot needs matplotlib; pip install matplotlib") from None
-    suffix, known = (
-        os.path.splitext(path)[1].lstrip("."),
-        backend_bases.FigureCanvasBase.get_supported_filetypes(),
-    )
+    suffix = os.path.splitext(args.plot)[1].lstrip(".")
+    known = backend_bases.FigureCanvasBase.get_supported_filetypes()
     if suffix not in known:
         raise Unusable(
-            f"--plot {path}: unknown kind of picture; end the name in one of {', '.join(sorted(known))}"
+            f"--plot {args.plot}: unknown kind of picture; end the name in one of {', '.join(sorted(known))}"
         )
+    try:
+        drawn(canvas_of(1, 1), suffix)
+    except Exception as error:  # whatever that format's library says
+        raise Unusable(f"--plot {args.plot}: cannot be drawn ({tasks.one_line(error)}); end the name in png")
+    if len({experiment.picture for experiment in experiments}) > 1:
+        raise Unusable("--plot draws checkpoints of one kind of task; leave the others out of --evaluate")
 
 
-def plot(models, curves, _):
-    """As figure 2 of the paper: test sinusoids before and after adaptation, a row a model; and the error."""
+def canvas_of(width, height):
     from matplotlib.figure import Figure
 
-    tasks_shown = 3
-    canvas = Figure(figsize=(13, 2.7 * len(models) + 1.2), layout="constrained")
-    grid = canvas.add_gridspec(len(models), tasks_shown + 1, width_ratios=[1] * tasks_shown + [1.25])
-    lines = plot_fits(canvas, grid, models, tasks_shown)
-    canvas.legend(*lines, fontsize=8, ncols=5, loc="outside lower left", frameon=False)
-    axes = canvas.add_subplot(grid[:, -1])
-    methods, sizes = (list(dict.fromkeys(column)) for column in list(zip(*curves))[:2])
-    for method, shots, rows in curves:
-        mean, ci95 = (np.array([r[key] for r in rows]) for key in ("mean", "ci95"))
-        style = dict(color=f"C{sizes.index(shots)}", marker="osv^D*PX"[methods.index(method) % 8])
-        (drawn,) = axes.plot(mean, ms=4, lw=1.2, label=f"{method}, K = {shots}", **style)
-        axes.fill_between(
-            range(len(rows)), mean - ci95, mean + ci95, color=drawn.get_color(), alpha=0.15, lw=0
-        )
-    axes.set(xlabel="gradient steps", ylabel="query MSE", yscale="log")
-    axes.set_ylim(top=min(axes.get_ylim()[1], 3 * max(rows[0]["mean"] for _, _, rows in curves)))
-    axes.set_title("error on unseen tasks, mean and 95 % interval", loc="left", fontsize=10)
-    lines = axes.get_legend_handles_labels()
-    canvas.legend(*lines, fontsize=8, ncols=len(methods), loc="outside lower right", frameon=False)
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def panel(axes, curves, ylabel, **limits):
+    """A metric against gradient steps, with its intervals: curves are (name, middle, half width)."""
+    for i, (name, middle, half) in enumerate(curves):
+        marker = "osv^D*PX"[i % 8]
+        (line,) = axes.plot(middle, marker=marker, ms=4, lw=1.2, label=name)
+        axes.fill_between(range(len(middle)), middle - half, middle + half, color=line.get_color(), alpha=0.2)
+    axes.set(xlabel="gradient steps", ylabel=ylabel, **limits)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title("unseen tasks", loc="left", fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def middles(curves, scale):
+    """Rows of `summarize` as `panel` has them: the mean, or the median where tasks diverged."""
+    for name, rows in curves:
+        bad = any(row["diverged"] for row in rows)
+        middle = np.array([row["median" if bad else "mean"] for row in rows])
+        half = np.array([0 if bad else row["ci95"] for row in rows])
+        yield f"{name}{' (median)' * bad}", scale * middle, scale * half
+
+
+def plot_sinusoids(models, curves, _):
+    """As figure 2 of the paper: test sinusoids before and after adaptation, a row a model; and the error."""
+    canvas, shown = canvas_of(13, 2.7 * len(models) + 1.2), 3
+    left, right = canvas.subfigures(1, 2, width_ratios=[3, 1.3])
+    grid = left.subplots(len(models), shown, squeeze=False, sharex=True, sharey="row")
+    for row, (experiment, learned) in zip(grid, models):
+        plot_fits(row, experiment, learned)
+    left.legend(
+        *grid[0, 0].get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower left", frameon=False
+    )
+    panel(right.subplots(), middles(curves, 1), "query MSE", yscale="log")
     return canvas
 
 
-def plot_fits(canvas, grid, models, tasks_shown):
-    """Test sinusoids before and after adaptation, a row a model -> the legend's handles and names."""
-    for row, (experiment, learned) in enumerate(models):
-        shots, line = experiment.settings["shots"], np.linspace(-5, 5, 200)
-        theta, alpha = experiment.adaptation(learned)
-        support, query = experiment.sample("test", shots, len(line))(experiment.stream("test"), tasks_shown)
-        shown = query[0].copy()
-        shown[..., 0] = line
-        _, (latent, _) = tasks.sinusoid(experiment.stream("test"), tasks_shown, shots, 1, oracle=True)
-        for column in range(tasks_shown):
-            axes = canvas.add_subplot(grid[row, column])
-            axes.plot(
-                line,
-                latent[column, 0, 1] * np.sin(line - latent[column, 0, 2]),
-                color="#c0392b",
-                lw=1.5,
-                label="truth",
-            )
-            for steps, style, color in ((0, ":", "#7f8c8d"), (1, "--", "#2e86c1"), (10, "-", "#1a5276")):
-                adapted = adapt(experiment.loss, theta, support, alpha, steps)
-                out = experiment.network.apply(adapted, shown)[column, :, 0]
-                name = "before" if steps == 0 else f"after {steps} step{'s' * (steps > 1)}"
-                axes.plot(line, out, style, color=color, lw=1.5, label=name)
-            axes.plot(
-                support[0][column, :, 0],
-                support[1][column, :, 0],
-                "^",
-                color="#6c3483",
-                ms=6,
-                label="support",
-            )
-            axes.set(xlim=(-5, 5), ylim=(-5.5, 5.5), xlabel="x" if row == len(models) - 1 else "")
-            axes.set_title(
-                f"{experiment.method}, K = {shots}" if column == 0 else "", loc="left", fontsize=10
-            )
-    return axes.get_legend_handles_labels()
+def plot_fits(row, experiment, learned):
+    """Test sinusoids of one model before and after adaptation, one on each of the axes."""
+    shots, line = experiment.settings["shots"], np.linspace(-5, 5, 200)
+    theta, alpha = experiment.adaptation(learned)
+    drawn = experiment.sample("test", shots, len(line))(experiment.stream("test"), tasks=len(row))
+    _, (latent, _) = tasks.sinusoid(experiment.stream("test"), len(row), shots, 1, oracle=True)
+    (x, y), (shown, _) = drawn
+    shown = shown.copy()
+    shown[..., 0] = line
+    styles = {
+        0: ("before", ":", "#7f8c8d"),
+        1: ("after 1 step", "--", "#2e86c1"),
+        10: ("10 steps", "-", "#1a5276"),
+    }
+    outs = {
+        steps: experiment.network.apply(adapt(experiment.loss, theta, (x, y), alpha, steps), shown)
+        for steps in styles
+    }
+    for i, axes in enumerate(row):
+        axes.plot(
+            line, latent[i, 0, 1] * np.sin(line - latent[i, 0, 2]), color="#c0392b", lw=1.5, label="truth"
+        )
+        for steps, (name, style, color) in styles.items():
+            axes.plot(line, np.clip(outs[steps][i, :, 0], -12, 12), style, color=color, lw=1.5, label=name)
+        axes.plot(x[i, :, 0], y[i, :, 0], "^", color="#6c3483", ms=6, label="support")
+        axes.margins(y=0.08)
+    row[0].set_title(f"{experiment.method}, K = {shots}", loc="left", fontsize=10)
 
 
 def plot_images(models, curves, log):
     """A test task before and after adaptation, accuracy against gradient steps, and the learning curve."""
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(13, 5.2), layout="constrained")
+    canvas = canvas_of(13, 5.2)
     left, right = canvas.subfigures(1, 2, width_ratios=[1.7, 1])
     plot_episode(left, *next((m for m in models if m[0].method != "nearest"), models[0]))
-    panels = right.subplots(2 if log else 1, 1, squeeze=False)[:, 0]
-    for method, shots, rows in curves:
-        mean, ci95 = (100 * np.array([r[key] for r in rows]) for key in ("mean", "ci95"))
-        panels[0].errorbar(
-            range(len(rows)), mean, ci95, marker="o", ms=4, lw=1.2, label=f"{method}, K = {shots}"
-        )
-    panels[0].set(xlabel="gradient steps", ylabel="query accuracy, %", ylim=(0, 102))
-    panels[0].set_title("unseen tasks, mean and 95 % interval", loc="left", fontsize=10)
-    panels[0].legend(fontsize=8, frameon=False)
-    if log:
-        with open(log, newline="") as file:
-            curve = np.array(
-                [[float(row[k]) for k in ("iteration", "before", "after")] for row in csv.DictReader(file)]
-            )
-        for column, name in ((1, "before"), (2, "after")):
-            panels[1].plot(curve[:, 0], 100 * curve[:, column], lw=1.2, label=f"{name} adaptation")
-        panels[1].set(xlabel="meta-iterations", ylabel="validation accuracy, %", ylim=(0, 102))
-        panels[1].legend(fontsize=8, frameon=False)
+    steps, *learning = right.subplots(2 if log else 1, 1, squeeze=False)[:, 0]
+    chance = 100 / models[0][0].settings["ways"]
+    steps.axhline(chance, color="#7f8c8d", lw=1, ls=":", label="chance")
+    panel(steps, middles(curves, 100), "query accuracy, %", ylim=(0, 103))
+    for axes in learning:
+        rows = np.genfromtxt(log, delimiter=",", names=True, ndmin=1)
+        for name in ("before", "after"):
+            axes.plot(rows["iteration"], 100 * rows[name], "o-", ms=3, lw=1.2, label=f"{name} adaptation")
+        axes.set(xlabel="meta-iterations", ylabel="validation accuracy, %", ylim=(0, 103))
+        axes.legend(fontsize=8, frameon=False)
     return canvas
 
 
@@ -1446,67 +1530,29 @@ def plot_episode(canvas, experiment, learned):
     support, query = experiment.sample("test", s["shots"], 1)(experiment.stream("test"), tasks=1)
     theta, alpha = experiment.adaptation(learned)
     steps = 3 if s["task"] == "omniglot" and s["ways"] <= 10 else max(s["steps"], 5)
-    probability = []
-    for count in (0, steps):
+    probability = {}
+    for name, count in (("before", 0), (f"after {steps} steps", steps)):
         out = experiment.network.apply(adapt(experiment.loss, theta, support, alpha, count), query[0])[0]
         out = np.exp(out - out.max(axis=-1, keepdims=True))
-        probability.append(out / out.sum(axis=-1, keepdims=True))
+        probability[name] = out / out.sum(axis=-1, keepdims=True)
     grid = canvas.subplots(shots + 2, shown, squeeze=False, height_ratios=[1] * (shots + 1) + [1.3])
-    for label in range(shown):
-        for row in range(shots + 1):
-            image = support[0][0, label * s["shots"] + row] if row < shots else query[0][0, label]
-            grid[row, label].imshow(
-                image if image.shape[-1] == 3 else 1 - image[..., 0], cmap="gray", vmin=0, vmax=1
-            )
-            grid[row, label].set(xticks=[], yticks=[])
-        grid[0, label].set_title(f"class {label + 1}", fontsize=9)
-        axes, ways = grid[-1, label], np.arange(s["ways"]) + 1
-        for out, color, name, shift in zip(
-            probability, ("#bdc3c7", "#1a5276"), ("before", "after"), (-0.2, 0.2)
-        ):
-            axes.bar(
-                ways + shift,
-                out[label],
-                0.4,
-                color=color,
-                label=f"{name}{f' {steps} steps' * (name == 'after')}",
-            )
-        right = probability[1][label].argmax() == label
-        said = f"class {probability[1][label].argmax() + 1}"
-        axes.set_title(
-            f"{said}, {'right' if right else 'wrong'}", fontsize=9, color="#1e8449" if right else "#c0392b"
-        )
+    for label, column in enumerate(grid.T):
+        images = [*support[0][0, label * s["shots"] :][:shots], query[0][0, label]]
+        for axes, image in zip(column, images):
+            axes.imshow(image if image.shape[-1] == 3 else 1 - image[..., 0], cmap="gray", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+        column[0].set_title(f"class {label + 1}", fontsize=9)
+        axes, ways = column[-1], np.arange(s["ways"]) + 1
+        for (name, out), color, shift in zip(probability.items(), ("#bdc3c7", "#1a5276"), (-0.2, 0.2)):
+            axes.bar(ways + shift, out[label], 0.4, color=color, label=name)
+        said, sure = out[label].argmax(), out[label].max()
+        verdict, color = ("right", "#1e8449") if said == label else ("wrong", "#c0392b")
+        axes.set_title(f"class {said + 1}, {100 * sure:.0f} %: {verdict}", fontsize=9, color=color)
         axes.set(ylim=(0, 1), yticks=[0, 1] if label == 0 else [], xticks=ways if s["ways"] <= 6 else [])
-    for row in range(shots + 1):
-        grid[row, 0].set_ylabel("support" if row < shots else "query", fontsize=9)
-    grid[-1, 0].set_ylabel("probability", fontsize=9)
-    canvas.legend(
-        *grid[-1, 0].get_legend_handles_labels(), ncols=2, fontsize=8, loc="outside lower left", frameon=False
-    )
-
-
-COMMAND = Command("maml.py", build_parser, settings_of, experiment_of, report, "--alpha or --beta")
-
-
-def main(argv=None, command=COMMAND):
-    """Runs the command line: -> exit code."""
-    one_blas_thread()
-    try:
-        with np.errstate(all="ignore"):
-            return run(command.parser().parse_args(argv), command)
-    except Unusable as error:
-        print(f"{command.name}: {error}", file=sys.stderr)
-        return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"{command.name}: {error}", file=sys.stderr)
-        return 1
-    except BrokenExecutor:
-        print(
-            f"{command.name}: a worker was lost; --resume goes on from the last checkpoint", file=sys.stderr
-        )
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    for axes, name in zip(grid[:, 0], ["support"] * shots + ["query", "probability"]):
+        axes.set_ylabel(name, fontsize=9)
+    lines = grid[-1, 0].get_legend_handles_labels()
+    canvas.legend(*lines, ncols=2, fontsize=8, loc="outside lower left", frameon=False)
 
 
 if __name__ == "__main__":

@@ -233,27 +233,18 @@ def log_density(out, action):
 
 
 def log_likelihood(out, action):
-    """log pi(action | s), [T, n]: the sum over the numbers of an action.
-
-    Needs log_density, _halves.
-    """
+    """log pi(action | s), [T, n]: the sum over the numbers of an action."""
     return anp.sum(log_density(out, action), axis=-1)
 
 
 def kl(old, new):
-    """KL(old ‖ new) = E_old[log pi_old - log pi_new] at each step, [T, n], of the policies' outputs.
-
-    Needs _halves.
-    """
+    """KL(old ‖ new) = E_old[log pi_old - log pi_new] at each step, [T, n], of the policies' outputs."""
     (m0, l0), (m1, l1) = _halves(old), _halves(new)
     return anp.sum(l1 - l0 + 0.5 * (anp.exp(2 * l0) + (m0 - m1) ** 2) * anp.exp(-2 * l1) - 0.5, axis=-1)
 
 
 def fisher(out):
-    """The Hessian of kl(out, ·) at out, diagonal: 1 / sigma² for a mean, 2 for a log_std; shaped as out.
-
-    Needs _halves.
-    """
+    """The Hessian of kl(out, ·) at out, diagonal: 1 / sigma² for a mean, 2 for a log_std; shaped as out."""
     _, log_std = _halves(out)
     return np.concatenate([np.exp(-2 * log_std), np.full_like(log_std, 2)], axis=-1)
 
@@ -263,8 +254,6 @@ class PolicyGradient:
 
     With w = advantage / steps it is the loss of the inner update, and its gradient by theta' is minus that of
     the surrogate mean of pi_theta' / pi_old A at pi_old = pi_theta', where the ratio is 1.
-
-    Needs log_density, _halves.
     """
 
     def value(self, out, y):
@@ -308,8 +297,6 @@ def rollout(environment, policy, theta, rng):
     """Trajectories of pi_theta, theta [P] or [T, P], in all tasks at once -> Episodes, in theta's dtype.
 
     A trajectory's last step is the one that the environment calls done, or the horizon's.
-
-    Needs Episodes, _halves.
     """
     observation = environment.reset(rng).astype(theta.dtype)
     tasks, trajectories = observation.shape[:2]
@@ -357,8 +344,6 @@ def baseline(observations, targets, mask, ridge=1e-5):
 
     w = (ΦᵀΦ + ridge I)⁻¹ Φᵀ targets over a task's steps, by one batched solve; where that is not finite the
     ridge is made ten times larger, up to five times.
-
-    Needs features.
     """
     phi = features(observations) * mask[..., None]
     phi = phi.reshape(len(phi), -1, phi.shape[-1])
@@ -377,8 +362,6 @@ def advantages(rewards, values, mask, discount, lam):
 
     V is 0 after the last step, at the horizon too. Normalised over a task's steps to mean 0 and (population)
     standard deviation 1.
-
-    Needs discounted.
     """
     following = np.concatenate([values[..., 1:], np.zeros_like(values[..., :1])], axis=-1)
     a = discounted((rewards + discount * following - values) * mask, discount * lam)
@@ -388,10 +371,7 @@ def advantages(rewards, values, mask, discount, lam):
 
 
 def batch_of(episodes, discount, lam):
-    """Episodes as data for `PolicyGradient`: x [T, n, d], y [T, n, 2a] = [a, A / steps], 0 where mask is.
-
-    Needs baseline, features, advantages, discounted.
-    """
+    """Episodes as data for `PolicyGradient`: x [T, n, d], y [T, n, 2a] = [a, A / steps], 0 where mask is."""
     observations, actions, rewards, mask = episodes
     values = baseline(observations, discounted(rewards, discount), mask)
     a = advantages(rewards, values, mask, discount, lam)
@@ -415,8 +395,6 @@ def expand_outer(loss, alpha, order, theta, hvps, x, y):
     theta [T, P] are the adapted parameters, hvps the inner steps' products in their order, (x, y) the steps
     of the adapted policies. J u = (I - alpha H_S) ... (I - alpha H_1) u; order=1 takes J = I. The loss is
     minus the surrogate, where the ratio is 1; F_i is a mean over the n steps of a task, all taken.
-
-    Needs fisher, _halves.
     """
     hvps = hvps if order == 2 else []
     out, backward = loss.network.forward(theta, x)
@@ -473,8 +451,6 @@ def trust_region_step(theta, value, gradient, product, objective, max_kl, cg_ste
 
     step = sqrt(2 max_kl / xᵀAx) x with A x = gradient, A = product + damping I. value is the loss at theta,
     and objective(theta) -> loss, kl. Where no j < tries will do, theta stays and j = tries.
-
-    Needs conjugate_gradient.
     """
     x, residual = conjugate_gradient(lambda v: product(v) + damping * v, gradient, cg_steps)
     if not np.isfinite(x).all():
@@ -490,51 +466,49 @@ def trust_region_step(theta, value, gradient, product, objective, max_kl, cg_ste
 
 # The experiments -------------------------------------------------------------------------------
 
-# The settings of the authors' results (not all are the paper's). A checkpoint keeps those above the line.
-COMMON = dict(
-    meta_batch=40,
-    trajectories=20,
-    steps=1,
-    order=2,
-    alpha=0.1,
-    iterations=100,
-    max_kl=0.01,
-    hidden=100,
-    horizon=200,
-    frame_skip=1,
-    discount=0.99,
-    lam=1.0,
-    cg_steps=10,
-    damping=1e-5,
-    backtrack=0.8,
-    tries=15,
-    # ---
-    eval_tasks=40,
-    eval_trajectories=20,
-    eval_steps=3,
-    eval_shrink=0.5,
+# The settings of the authors' results (not all are the paper's). `usual` has what the baselines differ in.
+TASKS, FLOATS = maml.RL_TASKS, maml.FLOATS
+count, whole, rate = maml.count, maml.whole, maml.rate
+share = maml.number(float, 0, "share (0 to 1)", high=1)
+# fmt: off
+SETTINGS = maml.table_of(  # what a checkpoint keeps
+    TASKS,
+    # in the order of TASKS: navigation, cheetah-vel, cheetah-dir, ant-vel, ant-dir
+    ("meta_batch",   count,  40,   40,   40,   40,   40,   "tasks a meta-iteration"),
+    ("trajectories", count,  20,   20,   20,   20,   40,   "trajectories K a task and step"),
+    ("steps",        whole,  1,    1,    1,    1,    1,    "inner gradient steps in training"),
+    ("order",        (1, 2), 2,    2,    2,    2,    2,    "1 drops the second derivatives"),
+    ("alpha",        rate,   0.5,  0.1,  0.1,  0.1,  0.1,  "inner step size"),
+    ("iterations",   count,  100,  475,  100,  375,  575,  "meta-iterations in all"),
+    ("max_kl",       rate,   0.01, 0.01, 0.02, 0.01, 0.01, "largest KL of an outer step, nats"),
+    ("hidden",       count,  100,  100,  100,  100,  100,  "units of both hidden layers"),
+    ("horizon",      count,  100,  200,  200,  200,  200,  "steps of a trajectory"),
+    ("frame_skip",   count,  None, 1,    1,    1,    1,    "physics steps an action lasts"),
+    ("discount",     share,  0.99, 0.99, 0.99, 0.99, 0.99, "of rewards, per step"),
+    ("lam",          share,  1.0,  1.0,  1.0,  1.0,  1.0,  "lambda of the advantages"),
+    ("cg_steps",     count,  10,   10,   10,   10,   10,   "steps of the conjugate gradient"),
+    ("damping",      rate,   1e-5, 1e-5, 1e-5, 1e-5, 1e-5, "added to the Fisher product"),
+    ("backtrack",    share,  0.8,  0.8,  0.8,  0.8,  0.8,  "factor of the line search"),
+    ("tries",        count,  15,   15,   15,   15,   15,   "step sizes the line search tries"),
+    ("seed",         whole,  0,    0,    0,    0,    0,    "of every random draw"),
+    ("dtype", FLOATS, *["float32"] * 5, "of all arithmetic"),
 )
-TASKS = {
-    "navigation": COMMON | dict(alpha=0.5, horizon=100, eval_trajectories=40),
-    "cheetah-vel": COMMON | dict(iterations=475),
-    "cheetah-dir": COMMON | dict(max_kl=0.02),
-    "ant-vel": COMMON | dict(iterations=375),
-    "ant-dir": COMMON | dict(trajectories=40, iterations=575, eval_trajectories=40, eval_shrink=0.01),
-}
-SIZES = {"navigation": (2, 2, 2), "cheetah": (20, 6, 1), "ant": (125, 8, 1)}  # observation, action, goal
-EVALUATION = ("eval_tasks", "eval_trajectories", "eval_steps", "eval_shrink")
+EVALUATION = maml.table_of(  # may differ at every evaluation
+    TASKS,
+    ("eval_tasks",        count, 40,  40,  40,  40,  40,   "unseen tasks for the table"),
+    ("eval_trajectories", count, 40,  20,  20,  20,  40,   "trajectories a task and step in it"),
+    ("eval_steps",        whole, 3,   3,   3,   3,   3,    "gradient steps, up to which it goes"),
+    ("eval_shrink",       rate,  0.5, 0.5, 0.5, 0.5, 0.01, "factor of alpha after the first"),
+)
 # The step sizes with which the authors adapt what was not meta-trained.
-BASELINE_ALPHA = {
-    "pretrained": {
-        "navigation": 0.5,
-        "cheetah-vel": 0.02,
-        "cheetah-dir": 0.2,
-        "ant-vel": 0.2,
-        "ant-dir": 0.2,
-    },
-    "random": {"navigation": 0.5, "cheetah-vel": 0.1, "cheetah-dir": 0.5, "ant-vel": 0.5, "ant-dir": 0.5},
-    "oracle": {},
+ALPHA = {
+    "pretrained": {task: {"alpha": alpha} for task, alpha in zip(TASKS, (0.5, 0.02, 0.2, 0.2, 0.2))},
+    "random":     {task: {"alpha": alpha} for task, alpha in zip(TASKS, (0.5, 0.1,  0.5, 0.5, 0.5))},
+    "oracle":     {},
 }
+# fmt: on
+SIZES = {"navigation": (2, 2, 2), "cheetah": (20, 6, 1), "ant": (125, 8, 1)}  # observation, action, goal
+LOWER = "--alpha or --max-kl"  # where training diverges
 
 # The authors' figures, from their result files: (task, method) -> mean return after 0, 1, 2, 3 steps.
 PAPER = {
@@ -550,13 +524,6 @@ PAPER = {
 
 CHUNK = 10  # tasks whose trajectories are sampled at once
 VALIDATE_EVERY, VALIDATION_TASKS, VALIDATION_TRAJECTORIES = 5, 20, 20
-
-
-class State(NamedTuple):
-    """What a meta-iteration changes."""
-
-    theta: np.ndarray
-    iteration: int
 
 
 def environment_of(settings, goals, trajectories):
@@ -586,8 +553,8 @@ def processes():
 class Experiment:
     """A distribution of goals, its environment and policy, and the method that learns it, by name."""
 
-    columns = ("before", "after", "kl", "backtracks", "validation")
-    log_every, save_every, keeps_best, state = 1, 10, True, State
+    columns, watched = ("before", "after", "kl", "backtracks", "validation"), "return"
+    log_every, save_every, keeps_best, spreads = 1, 10, True, True
 
     def __init__(self, settings):
         self.settings, self.method = settings, settings["method"]
@@ -598,15 +565,14 @@ class Experiment:
         self.loss = nets.Loss(self.policy, PolicyGradient())
         self.threads = ThreadPoolExecutor(maml.cores(), initializer=partial(np.seterr, all="ignore")).map
         self.map = map if settings["task"] == "navigation" else self.on_processes
-        self.size = self.policy.size
+        self.picture = "paths" if settings["task"] == "navigation" else "body"
 
     @staticmethod
     def on_processes(function, *columns):
         """map on a process for each core: threads would wait for Python's lock between calls into MuJoCo."""
         return maml.pool_map(processes(), maml.cores(), function, *columns)
 
-    def open(self, _):
-        """Finds out early what is missing."""
+    def open(self, data, asked):
         environment_of(self.settings, self.goals(None, 1), 1)
 
     def stream(self, purpose):
@@ -614,7 +580,7 @@ class Experiment:
         return np.random.default_rng([self.settings["seed"], maml.STREAMS.index(purpose)])
 
     def start(self):
-        return State(self.policy.init(self.stream("init"), self.settings["dtype"]), 0)
+        return maml.State.start(self.policy.init(self.stream("init"), self.settings["dtype"]), moments=0)
 
     def goals(self, rng, count):
         """`count` tasks: positions in [-0.5, 0.5]², velocities, or directions -1 and 1.
@@ -692,36 +658,28 @@ class Experiment:
         )
         return theta, (before, after, divergence, tries, taken)
 
-    def train(self, state, rng, iterations):
-        """Meta-iterations, up to `iterations` in all: yields (State, what `meta_iteration` reports).
-
-        In the place of the steps taken that is steps a second.
-        """
-        theta, iteration = state
-        while iteration < iterations:
-            began = time.monotonic()
-            try:
-                theta, (*outcome, taken) = self.meta_iteration(theta, rng)
-            except (FloatingPointError, np.linalg.LinAlgError) as error:
-                raise FloatingPointError(f"{error} (iteration {iteration + 1})") from None
-            iteration += 1
-            yield State(theta, iteration), (*outcome, taken / (time.monotonic() - began))
+    def step(self, state, rng, map):
+        """`meta_iteration`: -> State, what it reports, but steps a second for the steps taken."""
+        began = time.monotonic()
+        try:
+            theta, (*outcome, taken) = self.meta_iteration(state.theta, rng)
+        except (FloatingPointError, np.linalg.LinAlgError) as error:
+            raise FloatingPointError(f"{error} (iteration {state.iteration + 1})") from None
+        state = state._replace(theta=theta, iteration=state.iteration + 1)
+        return state, (*outcome, taken / (time.monotonic() - began))
 
     def measure(self, state, outcome):
-        """-> a row of the log, the line of progress, and the validation score or None."""
         *outcome, speed = outcome
         before, after, divergence, tries = outcome
-        due = state.iteration % VALIDATE_EVERY == 0 or state.iteration == self.settings["iterations"]
-        score = self.score(state.theta) if due else None
-        text = f"return {before:.1f} before, {after:.1f} after adaptation, KL {divergence:.4f}, "
+        score = self.score(state.theta) if state.iteration % VALIDATE_EVERY == 0 else None
+        text = f"{before:.1f} before, {after:.1f} after adaptation, KL {divergence:.4f}, "
         text += f"{tries} backtracks" if tries < self.settings["tries"] else "no step accepted: theta kept"
         text += f", {speed:.3g} env-steps/s"
         return (*outcome, "" if score is None else score), text, score
 
     def score(self, theta):
         """What selects the best checkpoint: the return on validation goals after the steps of the table."""
-        table = TASKS[self.settings["task"]]
-        steps, shrink = table["eval_steps"], table["eval_shrink"]
+        steps, shrink = (row.defaults[self.settings["task"]] for row in EVALUATION[2:])
         curve = self.curve(theta, "validation", VALIDATION_TASKS, VALIDATION_TRAJECTORIES, steps, shrink)
         return curve[1 if self.method == "maml" else 0 :].mean()
 
@@ -742,134 +700,101 @@ class Experiment:
         return np.stack(rows)
 
 
-# The command line ------------------------------------------------------------------------------
+experiment_of = Experiment
 
-FLAGS = (
-    ("--meta-batch", maml.count, "tasks a meta-iteration"),
-    ("--trajectories", maml.count, "trajectories K a task and gradient step"),
-    ("--steps", maml.whole, "inner gradient steps in training"),
-    ("--order", int, "1 drops the second derivatives"),
-    ("--alpha", maml.rate, "inner step size"),
-    ("--iterations", maml.count, "meta-iterations in all"),
-    ("--max-kl", maml.rate, "largest mean KL of an outer step, nats"),
-    ("--hidden", maml.count, "units of each of the two hidden layers"),
-    ("--horizon", maml.count, "steps of a trajectory"),
-    ("--frame-skip", maml.count, "physics steps an action lasts (locomotion)"),
-    ("--discount", maml.rate, "of rewards, per step"),
-    ("--lam", maml.rate, "lambda of the generalised advantage estimate"),
-    ("--cg-steps", maml.count, "iterations of the conjugate gradient"),
-    ("--damping", maml.rate, "added to the diagonal of the Fisher product"),
-    ("--backtrack", maml.rate, "factor of the line search"),
-    ("--tries", maml.count, "step sizes that the line search tries"),
-    ("--eval-tasks", maml.count, "unseen tasks for the table"),
-    ("--eval-trajectories", maml.count, "trajectories a task and gradient step in the table"),
-    ("--eval-steps", maml.count, "gradient steps up to which the table goes"),
-    ("--eval-shrink", maml.rate, "factor of alpha after the first step in the table"),
-)
+
+# The command line ------------------------------------------------------------------------------
 
 
 def build_parser():
     """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
-    parser = maml.Parser(
-        prog="rl.py",
-        allow_abbrev=False,
-        description="MAML for reinforcement learning: meta-trains with TRPO, then evaluates on unseen tasks.",
-    )
-    parser.add_argument("--task", choices=TASKS, help="the task distribution p(T)")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--method", choices=("maml",), help="what is learned, and how (default: maml)")
+    what = "MAML with TRPO for reinforcement learning"
+    parser, which = maml.start_parser("rl.py", what, ("maml",), tuple(ALPHA), SETTINGS + EVALUATION)
     which.add_argument(
-        "--baseline", choices=tuple(BASELINE_ALPHA), help="in place of a method: what the paper compares with"
+        "--first-order", dest="order", action="store_const", const=1, help="--method maml --order 1"
     )
-    for flag, kind, text in FLAGS:
-        key = flag[2:].replace("-", "_")
-        groups = {}
-        for task, table in TASKS.items():
-            groups.setdefault(table[key], []).append(task)
-        usual = max(groups, key=lambda value: len(groups[value]))
-        others = "".join(f"; {', '.join(names)} {v}" for v, names in groups.items() if v != usual)
-        choices = (1, 2) if flag == "--order" else None
-        metavar = None if choices else "N" if kind is maml.count else "X"
-        parser.add_argument(
-            flag, type=kind, choices=choices, metavar=metavar, help=f"{text} (default: {usual}{others})"
-        )
-    maml.add_worker_flags(
-        parser, "sample the trajectories (default: one process for each core; navigation, none)"
+    maml.add_common_flags(
+        parser, "sample the trajectories (default: one for each core; navigation, none)", Experiment
     )
-    maml.add_common_flags(parser, Experiment)
     return parser
 
 
 def settings_of(args):
     """What a checkpoint keeps, from the flags and the task's defaults."""
-    if args.task is None:
-        raise maml.Unusable(f"--task is missing; name one of {', '.join(TASKS)}")
-    settings = {"task": args.task, "method": args.method or args.baseline or "maml"}
-    table = {key: value for key, value in TASKS[args.task].items() if key not in EVALUATION}
-    if settings["method"] != "maml":
+    named = maml.task_and_method(args, TASKS)
+    task, method = named.values()
+    usual = {}
+    if method != "maml":
         if args.steps:
             raise maml.Unusable(
-                f"--steps is for --method maml; --baseline {args.baseline} trains with no inner step"
+                f"--steps is for --method maml; --baseline {method} trains with no inner step"
             )
-        table |= {"steps": 0, "alpha": BASELINE_ALPHA[settings["method"]].get(args.task, table["alpha"])}
-    if not 0 < (args.backtrack or 0.5) < 1:
+        usual = {"steps": 0, **ALPHA[method].get(task, {})}
+    if args.backtrack in (0, 1):
         raise maml.Unusable(
             f"--backtrack {args.backtrack} never shortens a step; give a number between 0 and 1"
         )
-    for key, default in table.items():
-        given = getattr(args, key)
-        settings[key] = default if given is None else given
-    if max(settings["discount"], settings["lam"]) > 1:
-        raise maml.Unusable(f"--discount {settings['discount']} --lam {settings['lam']}: expected at most 1")
-    return settings | {"seed": args.seed or 0, "dtype": args.dtype or "float32"}
+    return named | maml.settled(SETTINGS, task, args, usual, {})
 
 
 def report(models, args):
-    """The table of each model, on stdout and in --results; --plot."""
-    rows, curves = [], []
-    for experiment, learned in models:
-        s = experiment.settings
-        asked = [TASKS[s["task"]][key] if (v := getattr(args, key)) is None else v for key in EVALUATION]
-        curve = experiment.curve(learned, "test", *asked)
-        mean, stderr = curve.mean(axis=1), curve.std(axis=1) / len(curve[0]) ** 0.5
-        curves.append((s["method"], mean, stderr))
-        print(f"\n{s['task']}, {s['method']}, seed {s['seed']}, {maml.iterations_of(s)} meta-iterations")
-        print(
-            f"{asked[0]} unseen tasks, {asked[1]} trajectories each: mean return ± standard error, median\n"
+    """The table of each model, in --results and on stdout; --plot."""
+    rows, curves, tables = [], [], []
+    for (experiment, learned), name in zip(models, maml.names_of(models, args)):
+        s, asked = experiment.settings, maml.evaluation_of(EVALUATION, experiment.settings, args)
+        returns = experiment.curve(learned, "test", *asked.values())
+        mean, stderr, median = (
+            returns.mean(axis=1),
+            returns.std(axis=1) / returns.shape[1] ** 0.5,
+            np.median(returns, axis=1),
         )
-        print(f"steps  {'return':<28}authors")
-        for step, values in enumerate(curve):
-            paper = PAPER.get((s["task"], s["method"]), ())
-            cell = f"{mean[step]:.1f} ± {stderr[step]:.1f}  {np.median(values):.1f}"
-            print(f"{step:>5}  {cell:<28}{paper[step] if step < len(paper) else ''}".rstrip())
-            rows.append(
-                {
-                    "task": s["task"],
-                    "method": s["method"],
-                    "shots": asked[1],
-                    "step": step,
-                    "metric": "return",
-                }
-                | {"mean": mean[step], "stderr": stderr[step], "median": np.median(values)}
-                | {"diverged": int((~np.isfinite(values)).sum()), "tasks": len(values)}
-            )
+        curves.append((name, mean, stderr))
+        tables.append(table(experiment, asked, name, mean, stderr, median))
+        label = {"task": s["task"], "method": s["method"], "shots": asked["eval_trajectories"]}
+        for step, values in enumerate(returns):
+            bad = int((~np.isfinite(values)).sum())
+            row = {"step": step, "metric": "return", "mean": mean[step], "stderr": stderr[step]}
+            rows.append(label | row | {"median": median[step], "diverged": bad, "tasks": len(values)})
     if args.results:
         maml.write_rows(args.results, rows)
+    for text in tables:
+        maml.tell(text, to="stdout")
     if args.plot:
-        plot(models, curves, args.plot)
+        maml.write_file(args.plot, maml.drawn(plot(models, curves), os.path.splitext(args.plot)[1][1:]))
 
 
-def plot(models, curves, path):
+def table(experiment, asked, name, mean, stderr, median):
+    """One model's table: a row a gradient step, and the authors' figures."""
+    s = experiment.settings
+    authors = PAPER.get((s["task"], s["method"]), ())
+    what = f"{s['task']}, {s['method']}, seed {s['seed']}, {maml.iterations_of(s)} meta-iterations"
+    lines = [
+        f"\n{what}{f', {name}' if name != s['method'] else ''}",
+        f"{asked['eval_tasks']} unseen tasks, {asked['eval_trajectories']} trajectories each\n",
+        f"steps  {'return ± standard error':<26}{'median':<10}authors",
+    ]
+    for step in range(len(mean)):
+        paper = authors[step] if step < len(authors) else ""
+        figures = f"{mean[step]:.1f} ± {stderr[step]:.1f}".ljust(26) + f"{median[step]:.1f}".ljust(10)
+        lines.append(f"{step:>5}  {figures}{paper}".rstrip())
+    return "\n".join(lines)
+
+
+check_plot = maml.check_plot
+
+
+# Pictures --------------------------------------------------------------------------------------
+
+
+def plot(models, curves):
     """The return against gradient steps; paths of navigation, or pictures of the body where OpenGL is."""
-    from matplotlib.figure import Figure
-
-    if models[0][0].settings["task"] == "navigation":
-        canvas = Figure(figsize=(12, 3.1 * len(models) + 0.6), layout="constrained")
+    if models[0][0].picture == "paths":
+        canvas = maml.canvas_of(12, 3.1 * len(models) + 0.6)
         left, right = canvas.subfigures(1, 2, width_ratios=[3, 1.3])
         plot_paths(left, models)
     else:
         strips = [strip for strip in (filmed(*model) for model in models) if strip is not None]
-        canvas = Figure(figsize=(12, 3.6 + 2 * len(strips)), layout="constrained")
+        canvas = maml.canvas_of(12, 3.6 + 2 * len(strips))
         ratios = [1.8] + [1] * len(strips)
         right, *below = canvas.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
         for part, (title, frames) in zip(below, strips):
@@ -878,16 +803,8 @@ def plot(models, curves, path):
                 axes.imshow(picture)
                 axes.set_axis_off()
                 axes.set_title(f"{seconds:.1f} s, {metres:+.1f} m", fontsize=9)
-    axes = right.subplots()
-    for name, mean, stderr in curves:
-        (line,) = axes.plot(mean, "o-", ms=4, lw=1.2, label=name)
-        axes.fill_between(
-            range(len(mean)), mean - stderr, mean + stderr, color=line.get_color(), alpha=0.15, lw=0
-        )
-    axes.set(xlabel="gradient steps", ylabel="mean return", xticks=range(max(len(m) for _, m, _ in curves)))
-    axes.set_title("unseen tasks, mean ± standard error", loc="left", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
-    maml.write_figure(path, canvas)
+    maml.panel(right.subplots(), curves, "mean return ± standard error")
+    return canvas
 
 
 def plot_paths(canvas, models):
@@ -899,7 +816,7 @@ def plot_paths(canvas, models):
         for step in range(4):
             episodes, batches = experiment.sample(goals, s["trajectories"], adapted, rng)
             kept += [(*shown[step], episodes)] if step in shown else []
-            alpha = experiment.alpha * (TASKS[s["task"]]["eval_shrink"] if step else 1)
+            alpha = experiment.alpha * (EVALUATION[3].defaults[s["task"]] if step else 1)
             adapted, _ = experiment.adapt(adapted, batches, alpha)
         for column, (axes, goal) in enumerate(zip(row, goals)):
             for name, color, episodes in kept:
@@ -932,7 +849,7 @@ def filmed(experiment, learned):
         with maml.process_pool(1) as pool:
             frames = pool.submit(pictures, experiment.settings, experiment.policy, *adapted, goals).result()
     except Exception as error:  # whatever the driver says
-        print(f"--plot: no pictures of the body ({maml.tasks.one_line(error)})", file=sys.stderr)
+        maml.tell(f"--plot: no pictures of the body ({maml.tasks.one_line(error)})")
         return None
     settings = experiment.settings
     return f"{settings['task']}, {settings['method']}, goal {goals[0]:.3g}, after 1 step", frames
@@ -959,9 +876,7 @@ def pictures(settings, policy, theta, goals, count=6):
     return frames
 
 
-COMMAND = maml.Command("rl.py", build_parser, settings_of, Experiment, report, "--alpha or --max-kl")
-
 if __name__ == "__main__":
     import rl  # by this name workers find what they are sent
 
-    sys.exit(maml.main(command=rl.COMMAND))
+    sys.exit(maml.main(module=rl))

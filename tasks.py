@@ -14,6 +14,7 @@ import http.client
 import io
 import os
 import re
+import secrets
 import stat
 import struct
 import sys
@@ -21,6 +22,7 @@ import urllib.request
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -63,8 +65,6 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
     its task, then shots + query_shots distinct images of each: uniformly, all without replacement. Examples
     come class by class. `rotate` turns each class of each task by its own uniform multiple of 90 degrees, the
     same for support and query (paper, section 5.2). ValueError where there are too few classes or images.
-
-    Needs _distinct, _labelled.
     """
     classes, each, height, width = images.shape[:4]
     if classes < ways:
@@ -306,25 +306,20 @@ def download_omniglot(folder, url=OMNIGLOT_URL, md5=OMNIGLOT_MD5, timeout=20):
     fails, or says nothing for `timeout` seconds: what to fetch, and where to put it.
     """
     for name, digest in md5.items():
-        file, part = Path(folder, name), Path(folder, f".{name}.{os.getpid()}.tmp")
+        file = Path(folder, name)
         if file.exists():
             continue
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                urllib.request.urlopen(f"{url}/{name}", timeout=timeout) as response,
-                part.open("wb") as opened,
-            ):
-                found = _copy(response, opened, name)
-            if found != digest:
-                raise ValueError(f"MD5 {found} instead of {digest}")
-            os.replace(part, file)
+            with urllib.request.urlopen(f"{url}/{name}", timeout=timeout) as response:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(file) as opened:
+                    found = _copy(response, opened, name)
+                    if found != digest:
+                        raise ValueError(f"MD5 {found} instead of {digest}")
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ValueError(
                 f"cannot fetch {url}/{name} ({error}): fetch it and put it into {folder}"
             ) from error
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _copy(response, file, name, limit=32 << 20):
@@ -465,17 +460,31 @@ def _length(place, key):
 
 
 def _write(place, key, build):
-    """Write shape and blocks as a .npy, then the digest; it takes its name only when it is whole."""
+    """Write shape and blocks as a .npy, then the digest."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    with replacing(place) as file:
+        shape, blocks = build()
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for block in blocks:
+            file.write(block)
+        file.write(_digest(key, shape))
+
+
+@contextmanager
+def replacing(path):
+    """A new binary file, which takes its name, and an old one's permissions, only when it is whole.
+
+    Until then `path` is what it was; a symbolic link is replaced. The temporary name is random, and new.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with part.open("wb") as file:
-            shape, blocks = build()
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for block in blocks:
-                file.write(block)
-            file.write(_digest(key, shape))
-        os.replace(part, place)
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if path.is_file() and not path.is_symlink():
+            part.chmod(stat.S_IMODE(path.stat().st_mode))
+        os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -982,13 +982,13 @@ def test_the_split_does_not_depend_on_the_order_of_files(tmp_path):
 
 def test_the_cache_is_reused_and_made_again_when_it_must_be(tmp_path, monkeypatch):
     files, _ = drawn()
-    first = tasks.load_omniglot(zipped(tmp_path, files))
+    first = {name: np.array(split) for name, split in tasks.load_omniglot(zipped(tmp_path, files)).items()}
     cache = tmp_path / "omniglot.npy"
     whole, calls = cache.read_bytes(), []
     decode = tasks._characters
     monkeypatch.setattr(tasks, "_characters", lambda parts: calls.append(1) or decode(parts))
     again = tasks.load_omniglot(tmp_path)
-    assert not calls and same(first, again) and isinstance(again["train"], np.memmap)
+    assert not calls and same(first, again)
     for broken in (whole[:-1], whole[:-32], whole[:500], b"", whole[:40] + whole[60:], bytes(len(whole))):
         calls.clear()
         cache.unlink()
@@ -1195,7 +1195,7 @@ def test_the_command_fetches_what_its_own_folder_lacks_and_tries_again(folder, m
     calls = []
     monkeypatch.setattr(tasks, "download_omniglot", fetch)
     words = "--task omniglot --ways 2 --net mlp --baseline nearest --eval-tasks 2".split()
-    assert command(*words) == 2 and capsys.readouterr().err == "maml.py: no network\n"
+    assert command(*words) == 2 and capsys.readouterr().err.startswith("maml.py: no network; or name")
     assert command(*words) == 0 and calls == ["data/omniglot"] * 2
     assert command(*words, "--data", "nowhere") == 2 and len(calls) == 2
 
@@ -1519,7 +1519,7 @@ def test_evaluation_may_fine_tune_at_another_rate_and_survives_divergence(folder
     command(*QUICK, "--baseline", "pretrained", "--save", "a.npz")
     with np.errstate(all="raise"):
         assert command("--evaluate", "a.npz", "--alpha", 1e6, "--eval-tasks", 8, "--eval-steps", 9) == 0
-    assert re.search(r"inf ± inf  inf  8", capsys.readouterr().out)
+    assert "median inf, 8 of 8 diverged" in capsys.readouterr().out
 
 
 def checkpoint(path, **changes):
@@ -1573,8 +1573,8 @@ BAD = [
     ("--evaluate endless.npz", "not a whole checkpoint"),
     ("--evaluate negative.npz", "its iteration is -1"),
     ("--evaluate bomb.npz", "it is compressed"),
-    ("--resume good.npz --iterations 50 --log afile", "not the log of this run"),
-    ("--resume good.npz --iterations 50 --log empty", "not the log of this run"),
+    ("--resume good.npz --iterations 50 --log afile", "not the file of this run"),
+    ("--resume good.npz --iterations 50 --log empty", "not the file of this run"),
     ("--resume nowhere/a.npz", "nowhere/a.npz"),
 ]
 
@@ -1699,9 +1699,8 @@ def test_images_resume_to_the_bits_of_an_unbroken_run(folder, glyphs, monkeypatc
     assert command("--resume", "part.npz", "--data", glyphs, "--iterations", 6, "--eval-steps", 1) == 0
     for kind in ("", ".best"):
         whole, resumed = arrays(f"whole{kind}.npz"), arrays(f"part{kind}.npz")
-        assert all(
-            np.array_equal(whole[key], resumed[key]) for key in ("theta", "m", "v", "iteration", "rng")
-        )
+        assert whole.keys() == resumed.keys()
+        assert all(np.array_equal(whole[key], resumed[key]) for key in whole if key != "settings")
 
 
 def test_images_baselines_run_resume_and_share_the_test_tasks(folder, glyphs, capsys):
@@ -1766,7 +1765,7 @@ def test_image_defaults_are_the_papers():
 def test_batch_norms_shift_is_not_adapted_but_learned(glyphs):
     words = [str(word) for word in GLYPHS]
     experiment = maml.experiment_of(maml.settings_of(maml.build_parser().parse_args(words)))
-    experiment.open(glyphs)
+    experiment.open(glyphs, {"eval_shots": 1})
     theta, alpha = experiment.adaptation(experiment.start().theta)
     batch = experiment.sample("training", 1, 1)(np.random.default_rng(0), tasks=5)
     adapted = experiment.network.unflatten(maml.adapt(experiment.loss, theta, batch[0], alpha, 2))
@@ -1779,7 +1778,7 @@ def test_batch_norms_shift_is_not_adapted_but_learned(glyphs):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--task sinusoid --ways 3", "--ways is for images"),
+        ("--task sinusoid --ways 3", "--ways is for --task omniglot, miniimagenet"),
         ("--task sinusoid --data .", "--data is for images"),
         ("--task omniglot --baseline oracle", "is for --task sinusoid"),
         ("--task omniglot --data nowhere", "nowhere: neither images_background.zip"),
@@ -1950,14 +1949,16 @@ def check_same_run():
 def test_two_runs_that_save_to_one_file_leave_a_whole_checkpoint_at_all_times(folder, monkeypatch):
     script = "import maml, sys; maml.Experiment.save_every = 1; sys.exit(maml.main())"
     monkeypatch.setenv("PYTHONPATH", str(HERE))
-    words = [*map(str, QUICK), "--iterations", "150", "--eval-shots", "2", "--save", "a.npz", "--seed"]
-    runs = [subprocess.Popen([sys.executable, "-c", script, *words, seed]) for seed in "01"]
-    seeds, deadline = set(), time.monotonic() + 60
+    assert (
+        command(*QUICK[:2], "--meta-batch", 3, "--iterations", 1, "--eval-tasks", 2, "--save", "a.npz") == 0
+    )
+    words = ["--resume", "a.npz", "--iterations", "150", "--eval-shots", "2", "--eval-tasks", "2"]
+    runs = [subprocess.Popen([sys.executable, "-c", script, *words]) for _ in "ab"]
+    seen, deadline = set(), time.monotonic() + 60
     while any(run.poll() is None for run in runs) and time.monotonic() < deadline:
-        if pathlib.Path("a.npz").exists():
-            seeds.add(maml.load_checkpoint("a.npz", maml.COMMAND)[0]["seed"])
-    assert [run.wait() for run in runs] == [0, 0] and seeds and seeds <= {0, 1}
-    assert maml.load_checkpoint("a.npz", maml.COMMAND)[1].iteration == 150
+        seen.add(maml.load_checkpoint("a.npz", maml)[1].iteration)
+    assert [run.wait() for run in runs] == [0, 0] and len(seen) > 1
+    assert maml.load_checkpoint("a.npz", maml)[1].iteration == 150
     assert os.listdir() == ["a.npz"]
 
 
@@ -1979,7 +1980,7 @@ def test_no_damage_to_a_checkpoint_is_more_than_one_line(files, data):
     path = files / "fuzzed.npz"
     path.write_bytes(damaged(data, (files / "good.npz").read_bytes()))
     with one_line_at_most(maml.Unusable):
-        maml.load_checkpoint(str(path), maml.COMMAND)
+        maml.load_checkpoint(str(path), maml)
     path.unlink()
 
 
@@ -2169,7 +2170,7 @@ def test_rollout_masks_what_follows_the_end():
 def test_what_follows_the_end_is_no_part_of_a_batch():
     words = "--task", "navigation", "--hidden", "3", "--dtype", "float64"
     experiment = rl.Experiment(rl.settings_of(rl.build_parser().parse_args(words)))
-    theta = np.zeros((1, experiment.size))
+    theta = np.zeros((1, experiment.policy.size))
     experiment.policy.unflatten(theta)["log_std"][:] = -3
     experiment.policy.unflatten(theta)["b3"][:] = [1, 0.5]
     goals = np.array([[0.2, 0.1], [0.4, -0.4]])
@@ -2296,7 +2297,7 @@ WALK += "--eval-trajectories 5".split()
 
 
 def rl_command(*words):
-    return maml.main([str(word) for word in words], rl.COMMAND)
+    return maml.main([str(word) for word in words], rl)
 
 
 def test_short_navigation_training_learns_to_adapt(folder, capsys):
@@ -2330,11 +2331,11 @@ def test_rl_resumes_to_the_bits_of_an_unbroken_run(folder, extra):
     "words, message",
     [
         ("", "--task is missing"),
-        ("--task sinusoid", "invalid choice: 'sinusoid'"),
+        ("--task sinusoid", "python maml.py --task sinusoid"),
         ("--task navigation --order 3", "--order"),
         ("--task navigation --alpha -1", "--alpha"),
         ("--task navigation --trajectories 0", "--trajectories"),
-        ("--task navigation --discount 2", "expected at most 1"),
+        ("--task navigation --discount 2", "share .0 to 1.*2"),
         ("--task navigation --backtrack 1", "--backtrack 1.0 never shortens"),
         ("--task navigation --baseline oracle --steps 1", "--steps is for --method maml"),
         ("--task navigation --method maml --baseline random", "not allowed with"),
@@ -2410,14 +2411,13 @@ def globals_of(code):
     return found.union(*(globals_of(inner) for inner in code.co_consts if inspect.iscode(inner)))
 
 
-def test_a_function_can_be_copied_out_with_what_its_docstring_needs():
-    paragraph = README.partition("**Copying a function out.**")[2].partition("Networks and losses")[0]
+def test_a_function_can_be_copied_out_with_what_the_readme_says_it_needs():
     copied = {}
-    for function in re.findall("`([^`]+)`", paragraph.partition(":\n\n")[2]):
+    for function, needs in re.findall(r"^\| `([\w.]+)` \| (.*) \|$", README, re.MULTILINE):
         module, _, name = function.rpartition(".")
-        module = importlib.import_module(module or "maml")
-        line = re.search(r"^ +Needs (.*)\.$", getattr(module, name).__doc__, re.MULTILINE)
-        needs = line.group(1).split(", ") if line else []
+        module, needs = importlib.import_module(module or "maml"), re.findall(r"`(\w+)`", needs)
+        if not hasattr(module, name):
+            continue
         source = "\n".join(inspect.getsource(getattr(module, part)) for part in [*needs, name])
         copied[function] = dict(OUTSIDE)
         exec(source, copied[function])
