@@ -82,10 +82,10 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
     """
     alpha = _checked(theta, support, alpha, steps)
     if order == 1:
-        value, v, _ = expand(loss, adapt(loss, theta, support, alpha, steps), *query)
+        value, v = expand(loss, adapt(loss, theta, support, alpha, steps), *query)[:2]
         return value.mean(), v.mean(axis=0)
     theta, trail = unroll(loss, theta, support, alpha, steps)
-    value, v, _ = expand(loss, theta, *query)
+    value, v = expand(loss, theta, *query)[:2]
     for _, product in trail[:0:-1]:
         v = v - product(alpha * v)
     total = v.sum(axis=0)
@@ -105,7 +105,7 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
     for _ in range(steps - kept):
         thetas.append(thetas[-1] - alpha * gradient(loss, thetas[-1], *support))
     theta, trail = unroll(loss, thetas.pop(), support, alpha, min(kept, steps))
-    value, v, _ = expand(loss, theta, *query)
+    value, v = expand(loss, theta, *query)[:2]
     while trail:  # no name for a product, so that each is gone before the next is there
         v = v - trail.pop()[1](alpha * v)
     while thetas:
@@ -154,7 +154,7 @@ def meta_sgd_gradient(loss, theta_alpha, support, query, steps):
     """
     theta, alpha = np.split(theta_alpha, 2)
     theta, trail = unroll(loss, theta, support, alpha, steps)
-    value, v, _ = expand(loss, theta, *query)
+    value, v = expand(loss, theta, *query)[:2]
     d_alpha = np.zeros_like(v)
     for g, hvp in reversed(trail):
         d_alpha -= v * g

@@ -479,20 +479,20 @@ class _Patches:
     """
 
     def __init__(self, x, stride):
-        self.x, self.stride = x, stride
+        self.stride, self.below = stride, x.shape
         tasks, n, h, w, c = x.shape
-        self.size = n if stride > 1 else max(1, BLOCK // (9 * x[:, 0].size))
         self.shape = tasks, n, _same(h, stride)[0], _same(w, stride)[0]
-        self.kept = _unfold(x, stride) if stride > 1 else None
+        self.x, self.kept = (x, None) if stride == 1 else (None, _unfold(x, stride))
 
     def blocks(self):
         """Slices of the images, and their patches."""
-        if self.kept is not None:
+        if self.stride > 1:
             yield slice(None), self.kept
         else:
-            for start in range(0, self.x.shape[1], self.size):
-                cut = slice(start, start + self.size)
-                yield cut, _unfold(self.x[:, cut], self.stride)
+            size = max(1, BLOCK // (9 * self.x[:, 0].size))
+            for start in range(0, self.x.shape[1], size):
+                cut = slice(start, start + size)
+                yield cut, _unfold(self.x[:, cut], 1)
 
     def convolve(self, w):
         """a w, [T, n, h', w', outputs]."""
@@ -504,7 +504,7 @@ class _Patches:
 
     def correlate(self, u, ndim):
         """aᵀ u, [T, 9 c, outputs], or its sum over tasks where ndim is 2."""
-        shape = (len(u), 9 * self.x.shape[-1], u.shape[-1])[3 - ndim :]
+        shape = (len(u), 9 * self.below[-1], u.shape[-1])[3 - ndim :]
         parts = (_transposed_times(a, _rows(u[:, cut]), np.empty(shape, u.dtype)) for cut, a in self.blocks())
         return sum(parts, np.zeros((), u.dtype))
 
@@ -512,7 +512,7 @@ class _Patches:
         """unfoldᵀ(u wᵀ): the gradient by x. At stride 1 it is itself a convolution."""
         if self.stride == 1:
             return _Patches(u, 1).convolve(_turned(w))
-        return _fold(_times(_rows(u), w.mT), self.x.shape, self.stride)
+        return _fold(_times(_rows(u), w.mT), self.below, self.stride)
 
 
 BLOCK = 1 << 19  # numbers that stay in the cache
