@@ -81,6 +81,8 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
     and what its product reads.
     """
     alpha = _checked(theta, support, alpha, steps)
+    if order not in (1, 2):
+        raise ValueError(f"order = {order}; expected 1 or 2")
     if order == 1:
         value, v = expand(loss, adapt(loss, theta, support, alpha, steps), *query)[:2]
         return value.mean(), v.mean(axis=0)
@@ -101,6 +103,8 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
     gradient a step more.
     """
     alpha = _checked(theta, support, alpha, steps)
+    if kept < 0:
+        raise ValueError(f"kept = {kept}; expected 0 or more")
     thetas = [theta]
     for _ in range(steps - kept):
         thetas.append(thetas[-1] - alpha * gradient(loss, thetas[-1], *support))
@@ -133,7 +137,7 @@ def expand(loss, theta, x, y):
     if hasattr(loss, "expand"):
         return loss.expand(theta, x, y)
     theta = _per_task(theta, x)
-    product, g = make_hvp(lambda theta: anp.sum(_one_each(loss(theta, x, y), x)))(theta)
+    product, g = make_hvp(lambda theta: anp.sum(_one_each(loss(theta, x, y), theta)))(theta)
     return loss(theta, x, y), g, lambda v, total=False: product(v).sum(axis=0) if total else product(v)
 
 
@@ -141,7 +145,7 @@ def gradient(loss, theta, x, y):
     """∇L [T, P]: loss.grad, or autograd's (one task's loss does not depend on another's parameters)."""
     if hasattr(loss, "grad"):
         return loss.grad(theta, x, y)
-    return grad(lambda theta: anp.sum(_one_each(loss(theta, x, y), x)))(_per_task(theta, x))
+    return grad(lambda theta: anp.sum(_one_each(loss(theta, x, y), theta)))(_per_task(theta, x))
 
 
 # The family: the same lines, read differently --------------------------------------------------
@@ -180,11 +184,14 @@ def joint_gradient(loss, theta, support, query):
 def _checked(theta, support, alpha, steps):
     """alpha as a Python number or an array of theta's dtype; ValueError where the arguments do not fit."""
     x, y = support
-    if theta.ndim not in (1, 2) or theta.dtype.kind != "f":
-        raise ValueError(f"theta is {theta.dtype} {theta.shape}; expected floats, [P] or [tasks, P]")
+    shape, dtype = getattr(theta, "shape", ()), getattr(theta, "dtype", type(theta).__name__)
+    if len(shape) not in (1, 2) or getattr(dtype, "kind", "") != "f":
+        raise ValueError(f"theta is {dtype} {shape}; expected an array of floats, [P] or [tasks, P]")
+    if 0 in x.shape[:2]:
+        raise ValueError(f"x has shape {x.shape}; expected 1 task and 1 example or more")
     if len(x) != len(y) or theta.ndim == 2 and len(theta) != len(x):
         raise ValueError(f"theta {theta.shape}, x {x.shape}, y {y.shape}: different numbers of tasks")
-    if steps != int(steps) or steps < 0:
+    if not isinstance(steps, (int, np.integer)) or steps < 0:
         raise ValueError(f"steps = {steps}; expected an integer, 0 or more")
     if anp.ndim(alpha) == 0:
         return float(alpha) if isinstance(alpha, (int, float, np.generic, np.ndarray)) else alpha
@@ -200,9 +207,12 @@ def _per_task(theta, x):
     return theta if theta.ndim == 2 else theta + anp.zeros((len(x), 1), theta.dtype)
 
 
-def _one_each(values, x):
-    if values.shape != (len(x),):
-        raise ValueError(f"the loss returned shape {values.shape}; expected one value a task, ({len(x)},)")
+def _one_each(values, theta):
+    if (values.shape, values.dtype) != ((len(theta),), theta.dtype):
+        found = f"{values.dtype} {values.shape}"
+        raise ValueError(
+            f"the loss returned {found}; expected one value a task, {theta.dtype} ({len(theta)},)"
+        )
     return values
 
 
@@ -394,6 +404,7 @@ def number(kind, low, name, high=np.inf):
 
 
 count = number(int, 1, "count (1 or more)")
+several = number(int, 2, "count (2 or more)")
 whole = number(int, 0, "whole number (0 or more)")
 rate = number(float, 0, "rate (finite, 0 or more)")
 
@@ -436,18 +447,18 @@ FLOATS, NETS = ("float32", "float64"), ("conv", "mlp")
 SETTINGS = table_of(  # what a checkpoint keeps; 20-way, 5-shot and Reptile differ as `usual` says
     TASKS,
     #                      sinusoid   omniglot   miniimagenet
-    ("ways",       count,  None,      5,         5,         "classes N a task"),
-    ("shots",      count,  10,        1,         1,         "support examples K a task (of a class)"),
-    ("query",      count,  10,        "shots",   15,        "query examples, in training"),
-    ("net",        NETS,   None,      "conv",    "conv",    "network of images"),
-    ("filters",    count,  None,      64,        32,        "filters a convolution"),
-    ("steps",      count,  1,         1,         5,         "inner gradient steps in training"),
-    ("alpha",      rate,   0.01,      2.0,       0.05,      "inner step size"),
-    ("beta",       rate,   0.001,     0.001,     0.001,     "outer step size, Adam's"),
-    ("meta_batch", count,  25,        32,        4,         "tasks a meta-iteration"),
-    ("iterations", count,  70_000,    60_000,    60_000,    "meta-iterations in all"),
-    ("seed",       whole,  0,         0,         0,         "of every random draw"),
-    ("dtype",      FLOATS, "float32", "float32", "float32", "of all arithmetic"),
+    ("ways",       several, None,      5,         5,         "classes N a task"),
+    ("shots",      count,   10,        1,         1,         "support examples K a task (of a class)"),
+    ("query",      count,   10,        "shots",   15,        "query examples, in training"),
+    ("net",        NETS,    None,      "conv",    "conv",    "network of images"),
+    ("filters",    count,   None,      64,        32,        "filters a convolution"),
+    ("steps",      count,   1,         1,         5,         "inner gradient steps in training"),
+    ("alpha",      rate,    0.01,      2.0,       0.05,      "inner step size"),
+    ("beta",       rate,    0.001,     0.001,     0.001,     "outer step size, Adam's"),
+    ("meta_batch", count,   25,        32,        4,         "tasks a meta-iteration"),
+    ("iterations", count,   70_000,    60_000,    60_000,    "meta-iterations in all"),
+    ("seed",       whole,   0,         0,         0,         "of every random draw"),
+    ("dtype",      FLOATS,  "float32", "float32", "float32", "of all arithmetic"),
 )
 EVALUATION = table_of(  # may differ at every evaluation
     TASKS,
@@ -546,7 +557,7 @@ def start_parser(prog, what, methods, baselines, rows):
         "--baseline", choices=baselines, help="in place of a method: what the paper compares with"
     )
     for row in rows:
-        kind = {"type": row.kind, "metavar": "N" if row.kind in (count, whole) else "X"}
+        kind = {"type": row.kind, "metavar": "N" if row.kind in (count, several, whole) else "X"}
         if isinstance(row.kind, tuple):
             kind = {"type": type(row.kind[0]), "choices": row.kind}
         if any(isinstance(value, tuple) for value in row.defaults.values()):
@@ -1515,9 +1526,12 @@ def plot_images(models, curves, log):
     steps.axhline(chance, color="#7f8c8d", lw=1, ls=":", label="chance")
     panel(steps, middles(curves, 100), "query accuracy, %", ylim=(0, 103))
     for axes in learning:
-        rows = np.genfromtxt(log, delimiter=",", names=True, ndmin=1)
-        for name in ("before", "after"):
-            axes.plot(rows["iteration"], 100 * rows[name], "o-", ms=3, lw=1.2, label=f"{name} adaptation")
+        with open(log, newline="") as file:
+            rows = (
+                np.array([tuple(map(float, row.values())) for row in csv.DictReader(file)]).reshape(-1, 4).T
+            )
+        for name, row in zip(("before", "after"), rows[2:]):
+            axes.plot(rows[0], 100 * row, "o-", ms=3, lw=1.2, label=f"{name} adaptation")
         axes.set(xlabel="meta-iterations", ylabel="validation accuracy, %", ylim=(0, 103))
         axes.legend(fontsize=8, frameon=False)
     return canvas

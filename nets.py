@@ -152,6 +152,8 @@ def convnet(shape, ways, filters=64, pool=False):
             layers += [Conv(filters, filters, f"conv{i}", stride), BatchNorm(filters, f"beta{i}")]
         layers += [MaxPool(), Relu()] if pool else [Relu()]
         height, width = (height // 2, width // 2) if pool else (-(-height // 2), -(-width // 2))
+    if pool and 0 in (height, width):
+        raise ValueError(f"images are {shape}; four 2x2 pools need 16x16 pixels or more")
     if pool:
         layers += [Flatten(), Dense(height * width * filters, ways, ("w", "b"), glorot_uniform)]
     else:

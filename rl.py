@@ -820,7 +820,7 @@ def plot_paths(canvas, models):
             adapted, _ = experiment.adapt(adapted, batches, alpha)
         for column, (axes, goal) in enumerate(zip(row, goals)):
             for name, color, episodes in kept:
-                for i in range(3):
+                for i in range(min(3, s["trajectories"])):
                     steps = int(episodes.mask[column, i].sum())
                     path = episodes.observations[column, i, :steps, :2]
                     axes.plot(*path.T, color=color, lw=1, alpha=0.8, label=name if i == 0 else None)

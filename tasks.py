@@ -66,6 +66,14 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
     come class by class. `rotate` turns each class of each task by its own uniform multiple of 90 degrees, the
     same for support and query (paper, section 5.2). ValueError where there are too few classes or images.
     """
+    if len(images.shape) != 5 or images.dtype != np.uint8 and images.dtype.kind != "f":
+        found = f"{images.dtype} {images.shape}"
+        raise ValueError(
+            f"images are {found}; expected uint8 or floats, [classes, each, height, width, channels]"
+        )
+    if min(tasks, ways, shots, query_shots) < 1:
+        counts = f"tasks, ways, shots, query_shots = {tasks}, {ways}, {shots}, {query_shots}"
+        raise ValueError(f"{counts}; expected 1 or more of each")
     classes, each, height, width = images.shape[:4]
     if classes < ways:
         raise ValueError(f"a {ways}-way task needs {ways} classes, and there are {classes}: lower the ways")
@@ -414,6 +422,8 @@ def _photo(file):
         with Image.open(file, formats=("JPEG", "PNG")) as image:
             if image.width * image.height > 1 << 25:
                 raise ValueError(f"{image.width}x{image.height} pixels")
+            if image.mode.startswith("I"):  # 16-bit grey, which conversion would cut off at 255
+                image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
             return np.asarray(image.convert("RGB").resize((84, 84), Image.Resampling.LANCZOS))
     except Exception as error:
         raise ValueError(f"{file}: does not decode ({one_line(error)}): replace or remove it") from error

@@ -2381,6 +2381,209 @@ def test_rl_plot_draws_a_picture(folder):
     assert pathlib.Path("a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+# Nothing lost -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--task omniglot --eval-shots 1 3",
+        "--task omniglot --shots 3 --query 1",
+        "--evaluate a.npz --eval-shots 3",
+    ],
+)
+def test_sizes_that_only_the_table_needs_are_known_before_training(
+    folder, glyphs, monkeypatch, capsys, words
+):
+    command(*GLYPHS, "--data", glyphs, "--iterations", 1, "--eval-steps", 1, "--save", "a.npz")
+    monkeypatch.setattr(maml, "train", lambda *_: pytest.fail("training began"))
+    capsys.readouterr()
+    assert command(*shlex.split(words), "--data", glyphs) == 2
+    assert re.search("there are 4: lower the shots", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("kind", ["images", "rl"])
+def test_a_run_resumed_from_anywhere_to_anywhere_is_the_unbroken_one(folder, glyphs, monkeypatch, kind):
+    """Log, best and table, not theta alone; parts end where nothing is due to be measured or saved."""
+    if kind == "images":
+        monkeypatch.setattr(maml.Experiment, "log_every", 3)
+        monkeypatch.setattr(maml, "VALIDATION_TASKS", 16)
+        run, base = command, [*GLYPHS, "--data", glyphs, "--ways", 3, "--beta", 0.02]
+        data = ["--data", glyphs]
+    else:
+        monkeypatch.setattr(rl, "VALIDATION_TASKS", 2)
+        run, base, data = rl_command, [*WALK, "--max-kl", 0.2], []
+    assert run(*base, "--iterations", 11, "--save", "a.npz", "--log", "a.csv", "--results", "a.t") == 0
+    assert run(*base, "--iterations", 4, "--save", "b.npz", "--log", "b.csv") == 0
+    assert run("--resume", "b.npz", *data, "--iterations", 7, "--save", "c.npz", "--log", "b.csv") == 0
+    more = ["--save", "d.npz", "--log", "b.csv", "--results", "b.t", *base[-2:]]
+    more += ["--eval-tasks", 40 if kind == "images" else 6]
+    more += [] if kind == "images" else ["--eval-trajectories", 5]
+    assert run("--resume", "c.npz", *data, "--iterations", 11, *more) == 0
+    for one, other in (("a.npz", "d.npz"), ("a.best.npz", "d.best.npz")):
+        one, other = arrays(one), arrays(other)
+        assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+    for one, other in (("a.csv", "b.csv"), ("a.t", "b.t")):
+        assert pathlib.Path(one).read_text() == pathlib.Path(other).read_text()
+
+
+def test_weights_are_evaluated_and_not_resumed(folder, glyphs, capsys):
+    words = [*GLYPHS, "--data", glyphs, "--iterations", 2, "--eval-steps", 1, "--save", "a.npz"]
+    assert command(*words) == 0
+    assert set(arrays("a.best.npz")) == {"theta", "iteration", "settings"}
+    assert command("--resume", "a.best.npz", "--iterations", 9, "--data", glyphs) == 2
+    assert "a.best.npz holds weights alone" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--save x.npz --results x.npz", "--save and --results are both x.npz"),
+        ("--log x.csv --results ./x.csv", "are both ./x.csv"),
+        ("--log notes.txt", "notes.txt: not the file of this run"),
+        ("--results notes.txt", "notes.txt: not the file of this run"),
+        ("--save run.npz", "go on from it with --resume run.npz, or remove it"),
+        ("--log /dev/null", "/dev/null: cannot write there .is no regular file"),
+        ("--results fifo", "fifo: cannot write there .is no regular file"),
+        ("--workers 2", "sinusoid has nothing to spread"),
+        ("--filters 3", "--filters is for --task omniglot, miniimagenet"),
+    ],
+)
+def test_files_of_others_and_flags_without_effect_are_refused(folder, monkeypatch, capsys, words, message):
+    for name in ("notes.txt", "run.npz"):
+        pathlib.Path(name).write_text("mine")
+    os.mkfifo("fifo")
+    monkeypatch.setattr(maml, "train", lambda *_: pytest.fail("training began"))
+    before, names = contents(folder), sorted(os.listdir())
+    assert command(*QUICK, *shlex.split(words)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search(message, err)
+    assert contents(folder) == before and sorted(os.listdir()) == names
+
+
+def test_a_link_is_followed_and_permissions_stay(folder):
+    pathlib.Path("real.csv").write_text("task,method,rest\n")
+    os.chmod("real.csv", 0o640)
+    os.symlink("real.csv", "link.csv")
+    assert command(*QUICK, "--results", "link.csv") == 0
+    assert os.path.islink("link.csv") and "maml" in pathlib.Path("real.csv").read_text()
+    assert os.stat("real.csv").st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("tail", ["40,", "40,,,", "\0\0\0\0", "40,1,1,1,1\nx,1,1,1", "40,0.1,0.2,0.3"])
+def test_a_damaged_tail_of_the_log_is_healed(folder, monkeypatch, tail):
+    monkeypatch.setattr(maml.Experiment, "log_every", 10)
+    command(*QUICK, "--iterations", 60, "--log", "whole.csv")
+    command(*QUICK, "--iterations", 30, "--save", "a.npz", "--log", "a.csv")
+    with open("a.csv", "a") as file:
+        file.write(tail)
+    assert command("--resume", "a.npz", "--iterations", 60, "--log", "a.csv") == 0
+    assert pathlib.Path("a.csv").read_text() == pathlib.Path("whole.csv").read_text()
+
+
+@pytest.mark.parametrize("shell", ["| head -1", "| true", ">&-", "2>&-", "2>/dev/full", ">/dev/full"])
+def test_nobody_needs_to_read_what_is_printed(folder, shell):
+    words = [sys.executable, HERE / "maml.py", *QUICK, "--results", "a.csv", "--save", "a.npz"]
+    line = f"{shlex.join(map(str, words))} {shell}"
+    run = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert "Traceback" not in run.stderr and "Exception" not in run.stderr
+    assert len(pathlib.Path("a.csv").read_text().splitlines()) == 34
+    assert int(arrays("a.npz")["iteration"]) == 40
+
+
+def test_a_table_is_printed_where_its_signs_are_not_known(folder):
+    words = [sys.executable, HERE / "maml.py", *map(str, QUICK)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0 and "K = 20" in run.stdout and "Traceback" not in run.stderr
+
+
+# Nothing silently wrong --------------------------------------------------------------------------
+
+
+def test_an_image_model_that_diverges_says_so(folder, glyphs, capsys):
+    words = ["--iterations", 1, "--eval-steps", 3, "--save", "a.npz"]
+    assert command(*GLYPHS, "--data", glyphs, "--net", "mlp", *words) == 0
+    assert command("--evaluate", "a.npz", "--data", glyphs, "--alpha", 1e38, "--eval-tasks", 9) == 0
+    assert "9 of 9 diverged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "images, change, message",
+    [
+        (stamped().astype(np.int64), {}, "int64.*expected uint8 or floats"),
+        (stamped().astype(np.uint16), {}, "uint16.*expected uint8 or floats"),
+        (stamped()[..., 0], {}, "expected uint8 or floats, .classes, each, height, width, channels"),
+        (stamped(), {"ways": 0}, "ways, shots, query_shots = 2, 0, 1, 1"),
+        (stamped(), {"shots": 0}, "= 2, 2, 0, 1; expected 1 or more"),
+        (stamped(), {"tasks": 0}, "= 0, 2, 1, 1; expected 1 or more"),
+    ],
+)
+def test_few_shot_takes_nothing_that_it_would_misread(images, change, message):
+    asked = {"tasks": 2, "ways": 2, "shots": 1, "query_shots": 1} | change
+    with pytest.raises(ValueError, match=message):
+        tasks.few_shot(np.random.default_rng(0), images, **asked)
+
+
+def test_arguments_without_a_meaning_are_named():
+    p = Problem(0, (2, 3, 1), 2, 3, 3, False, False)
+    args, single = (p.loss, p.theta, p.support, p.query, 0.1), p.theta.astype(np.float32)
+    none = tuple(array[:0] for array in p.support)
+    empty = tuple(array[:, :0] for array in p.support)
+    narrow = tuple(array.astype(np.float32) for array in p.support)
+    wide = lambda *data: p.loss(*data).astype(np.float64)  # noqa: E731
+    cases = [
+        (lambda: maml.meta_gradient(*args, 1, order=3), "order = 3; expected 1 or 2"),
+        (lambda: maml.meta_gradient(*args, 1, order=0), "order = 0; expected 1 or 2"),
+        (lambda: maml.meta_gradient_recomputed(*args, 1, kept=-1), "kept = -1"),
+        (lambda: maml.adapt(p.loss, p.theta, p.support, 0.1, 2.0), "steps = 2.0"),
+        (lambda: maml.adapt(p.loss, p.theta.tolist(), p.support, 0.1, 1), "theta is list"),
+        (lambda: maml.adapt(p.loss, p.theta, none, 0.1, 1), "1 task and 1 example or more"),
+        (lambda: maml.adapt(p.loss, p.theta, empty, 0.1, 1), "1 task and 1 example or more"),
+        (lambda: maml.adapt(wide, single, narrow, 0.1, 1), "float64.*expected one value a task, float32"),
+        (lambda: nets.convnet((8, 8, 3), 2, pool=True), "16x16 pixels or more"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_16_bit_grey_photographs_keep_their_greys(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for split in ("train", "val", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        grey = np.linspace(0, 65535, 84 * 84).reshape(84, 84).astype(np.uint16)
+        image.fromarray(grey).save(tmp_path / split / "a" / "0.png")
+    found = tasks.load_miniimagenet(tmp_path)["val"][0, 0]
+    assert (found == (grey >> 8)[..., None]).all()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--task omniglot --baseline nearest --log a.csv",
+        "--task omniglot --baseline random --log a.csv",
+        "--task navigation --trajectories 2 --iterations 1",
+        "--evaluate walk.npz run.npz",
+    ],
+)
+def test_pictures_of_unusual_runs(folder, glyphs, words, capsys):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    small, runs = ["--eval-steps", 1, "--plot", "a.png"], {"omniglot": [*GLYPHS[2:], "--data", glyphs]}
+    if "navigation" in words:
+        code = rl_command(*WALK, *shlex.split(words), *small)
+    elif "evaluate" in words:
+        pytest.importorskip("mujoco", reason="needs gymnasium[mujoco]")
+        rl_command(*WALK, "--iterations", 1, "--save", "walk.npz")
+        rl_command("--task", "cheetah-dir", *WALK[2:], "--iterations", 1, "--save", "run.npz")
+        assert rl_command(*shlex.split(words), *small) == 2
+        assert "one kind of task" in capsys.readouterr().err
+        return
+    else:
+        code = command(*shlex.split(words), *runs["omniglot"], *small)
+    assert code == 0 and pathlib.Path("a.png").read_bytes()[:4] == b"\x89PNG"
+
+
 # The README ------------------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text()
