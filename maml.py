@@ -1115,7 +1115,11 @@ def run(args, module):
             if learned is None:
                 return 130
             models = [(experiments[0], learned)]
-        module.report(models, args)
+        try:
+            module.report(models, args)
+        except KeyboardInterrupt:
+            tell(f"\n{module.__name__}.py: interrupted while evaluating: no table; --evaluate makes it again")
+            return 130
     return 0
 
 
@@ -1205,6 +1209,11 @@ def meta_train(experiment, state, best, rng, args, module):
             raise FloatingPointError(f"{error}: lower {module.LOWER}{kept}") from None
     if save and iterations == 0:
         save_checkpoint(save, settings, state, best, rng)
+    if save:
+        which = f"; {best_of(save)}: the best on validation, of iteration {final.iteration}"
+        tell(f"{save}: kept, --evaluate or --resume it{which if final.score > -np.inf else ''}")
+    elif iterations:
+        tell("the model is not kept: --save FILE.npz keeps it")
     return final.theta if experiment.keeps_best and iterations else state.theta
 
 
@@ -1366,7 +1375,7 @@ def report(models, args):
         s, asked = experiment.settings, evaluation_of(EVALUATION, experiment.settings, args)
         measured = []
         for shots in np.atleast_1d(asked["eval_shots"]).tolist():
-            tell(f"evaluating {asked['eval_tasks']} tasks of {shots} shots", end="\n")
+            tell(f"evaluating {name} on {asked['eval_tasks']} tasks at K = {shots}")
             values = experiment.curve(learned, "test", asked["eval_tasks"], shots, asked["eval_steps"])
             measured.append((shots, [summarize(v, experiment.threshold, experiment.worst) for v in values]))
             label = {"task": s["task"], "method": s["method"], "shots": shots}

@@ -1506,6 +1506,37 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_130(folder, capsys):
     assert f" {iteration} meta-iterations" in capsys.readouterr().out
 
 
+def interrupted(module, words, until):
+    """The command as a process, sent Ctrl-C as soon as its stderr says `until`: -> exit code, stderr."""
+    words = [sys.executable, HERE / f"{module}.py", *map(str, words)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    seen = ""
+    try:
+        while until not in seen:
+            line = process.stderr.readline()
+            assert line, seen
+            seen += line
+        os.killpg(process.pid, signal.SIGINT)
+        seen += process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    return process.returncode, seen
+
+
+def test_ctrl_c_during_evaluation_says_what_is_lost(folder):
+    command(*QUICK, "--save", "a.npz")
+    code, seen = interrupted("maml", ["--evaluate", "a.npz", "--eval-tasks", 300_000], "evaluating")
+    assert code == 130 and "no table; --evaluate makes it again" in seen and "Traceback" not in seen
+
+
+def test_ctrl_c_while_workers_start_says_what_happens(folder, glyphs):
+    """The whole group gets it, as from a terminal: also those that are only starting."""
+    words = [*GLYPHS, "--data", glyphs, "--workers", 2, "--iterations", 10**6, "--save", "a.npz"]
+    code, seen = interrupted("maml", words, "characters")
+    assert code == 130 and "Traceback" not in seen and "maml.py: interrupted" in seen
+    assert ("--resume a.npz" in seen) == os.path.exists("a.npz")
+
+
 def test_a_diverging_run_stops_names_the_iteration_and_keeps_the_checkpoint(folder, capsys, monkeypatch):
     monkeypatch.setattr(maml.Experiment, "save_every", 1)
     assert command(*QUICK, "--beta", 100, "--save", "a.npz") == 1
@@ -1803,6 +1834,138 @@ def test_bad_use_of_images_is_one_line(folder, glyphs, monkeypatch, capsys, word
     lines = [line for line in err.splitlines() if "characters, where all of Omniglot" not in line]
     assert out == "" and len(lines) == 1 and re.search(message, lines[0])
     assert contents(folder) == before
+
+
+# The command does what its methods say ------------------------------------------------------------
+
+
+def experiment_of(*words):
+    return maml.experiment_of(maml.settings_of(maml.build_parser().parse_args([*map(str, words)])))
+
+
+def image_experiment(*words):
+    """An experiment on images of three splits that do not look alike."""
+    experiment = experiment_of("--filters", 3, "--dtype", "float64", *words)
+    rng, (height, width, channels) = np.random.default_rng(0), experiment.network.inputs
+    splits = {"train": (0, 60), "val": (90, 150), "test": (190, 255)}
+    experiment.images = {
+        name: rng.integers(*span, (8, 20, height, width, channels)).astype(np.uint8)
+        for name, span in splits.items()
+    }
+    return experiment
+
+
+@pytest.mark.parametrize("module", [maml, rl])
+def test_every_purpose_has_its_own_stream(module):
+    words = ["--task", "sinusoid" if module is maml else "navigation"]
+    experiment = module.experiment_of(module.settings_of(module.build_parser().parse_args(words)))
+    draws = [experiment.stream(purpose).random() for purpose in ("training", "test", "validation", "init")]
+    assert len(set(draws)) == 4
+
+
+@pytest.mark.parametrize(
+    "purpose, low, high", [("training", 0, 60), ("validation", 90, 150), ("test", 190, 255)]
+)
+def test_every_purpose_has_its_own_classes(purpose, low, high):
+    (x, _), (xq, _) = image_experiment("--task", "omniglot").sample(purpose, 2, 3)(
+        np.random.default_rng(0), tasks=4
+    )
+    assert low / 255 <= x.min() and max(x.max(), xq.max()) <= high / 255
+
+
+@pytest.mark.parametrize("task, turned", [("omniglot", True), ("miniimagenet", False)])
+def test_characters_are_turned_and_photographs_are_not(task, turned):
+    experiment = image_experiment("--task", task)
+    height, width, channels = experiment.network.inputs
+    images = np.zeros((8, 20, height, width, channels), np.uint8)
+    images[:, :, 0] = 255  # a bright first row
+    experiment.images = dict.fromkeys(experiment.images, images)
+    (x, _), _ = experiment.sample("training", 1, 1)(np.random.default_rng(0), tasks=9)
+    assert (x[:, :, 0].min() == 1) != turned
+
+
+@pytest.mark.parametrize("method", ["maml", "fomaml", "anil", "reptile", "meta-sgd"])
+@pytest.mark.parametrize("task", ["sinusoid", "omniglot"])
+def test_each_method_descends_its_own_gradient_with_all_its_steps(method, task):
+    words = ["--task", task, "--method", method, "--steps", 3, "--alpha", 0.05, "--dtype", "float64"]
+    experiment = image_experiment(*words) if task == "omniglot" else experiment_of(*words)
+    shots, state = experiment.settings["shots"], experiment.start()
+    support, query = experiment.sample("training", shots, 2)(np.random.default_rng(0), tasks=2)
+    alpha = np.full(experiment.network.size, 0.05)
+    for name, part in experiment.network.unflatten(alpha).items():
+        frozen = (
+            name not in list(experiment.network.shapes)[-2:] if method == "anil" else name.startswith("beta")
+        )
+        part[...] = 0 if frozen else 0.05
+    rng = np.random.default_rng(1)
+    theta = state.theta[: experiment.network.size] + 0.1 * rng.normal(size=experiment.network.size)
+    learned, data = theta, (hidden(experiment.loss), theta, support, query)
+    if method == "meta-sgd":
+        learned = np.concatenate([theta, alpha])
+        expected = maml.meta_sgd_gradient(experiment.loss, learned, support, query, 3)
+    elif method == "reptile":
+        expected = maml.reptile_gradient(*data, alpha, 3)
+    elif method == "fomaml":
+        expected = maml.meta_gradient(*data, alpha, 3, order=1)
+    else:
+        expected = maml.meta_gradient_by_definition(*data, alpha, 3)
+    found = experiment.outer_gradient()(learned, support, query)
+    assert error(found[0], expected[0]) < 1e-9 and error(found[1], expected[1]) < 1e-7
+
+
+def test_the_pretrained_bodys_new_last_layer_starts_from_zero():
+    experiment = image_experiment("--task", "omniglot", "--baseline", "pretrained")
+    learned = experiment.start().theta
+    arrays = experiment.network.unflatten(experiment.adaptation(learned)[0])
+    names = list(arrays)
+    assert not arrays["w"].any() and not arrays["b"].any()
+    kept = experiment.classifier.unflatten(learned)
+    assert all(np.array_equal(arrays[name], kept[name]) for name in names[:-2])
+
+
+@pytest.mark.parametrize("shots, clip", [(1, 10 / 75), (5, 10 / 15)])
+def test_miniimagenets_meta_gradient_is_clipped_on_the_authors_scale(shots, clip):
+    experiment = image_experiment("--task", "miniimagenet", "--shots", shots)
+    assert experiment.step.keywords["clip"] == pytest.approx(clip)
+    assert experiment_of("--task", "omniglot").clip == np.inf
+    state = maml.State.start(np.zeros(3))
+    steep = partial(maml.adam_step, state, None, lambda *_: (0.0, np.array([9.0, -9.0, 0.01])))
+    moments = steep(sample=lambda *_, tasks: (0, 0), tasks=1, beta=0.1, clip=clip)[0].moments
+    assert np.allclose(10 * moments[0], [clip, -clip, 0.01])
+
+
+def test_a_test_task_has_the_papers_queries():
+    assert experiment_of("--task", "sinusoid").eval_query(5) == 100
+    experiment = image_experiment("--task", "miniimagenet", "--shots", 5)
+    assert [experiment.eval_query(k) for k in (1, 5)] == [1, 5]
+    values = experiment.curve(experiment.start().theta, "test", 2, 5, 0)
+    assert np.allclose(values * 25, np.rint(values * 25))
+
+
+def test_the_final_table_is_of_what_was_best_on_validation(folder, glyphs, monkeypatch, capsys):
+    scores = iter([0.2, 0.9, 0.3, 0.1])
+    monkeypatch.setattr(maml.Experiment, "log_every", 1)
+    monkeypatch.setattr(maml.Experiment, "validate", lambda *_: (0.0, next(scores)))
+    words = ["--data", glyphs, "--iterations", 4, "--beta", 0.05, "--eval-steps", 2, "--save", "a.npz"]
+    assert command(*GLYPHS, *words) == 0
+    table = capsys.readouterr().out.partition("steps")[2]
+    assert int(arrays("a.best.npz")["iteration"]) == 2
+    evaluated = {}
+    for name in ("a.best.npz", "a.npz"):
+        command("--evaluate", name, "--data", glyphs, "--eval-tasks", 40, "--eval-steps", 2)
+        evaluated[name] = capsys.readouterr().out.partition("steps")[2]
+    assert evaluated["a.best.npz"] == table != evaluated["a.npz"]
+
+
+def test_pool_shares_a_ties_gradient():
+    out, backward = nets.MaxPool().forward(None, np.ones((1, 1, 2, 2, 1)))
+    assert backward(np.ones((1, 1, 1, 1, 1)), None)[0].ravel().tolist() == [0.25] * 4
+
+
+def test_cross_entropys_closed_form_bears_large_outputs():
+    out, y = np.array([[[1000.0, -1000.0]]]), np.array([[[0.0, 1.0]]])
+    value, u, second = nets.CrossEntropy().expand(out, y)
+    assert value == [2000] and u.tolist() == [[[1, -1]]] and np.isfinite(second(out)).all()
 
 
 # Workers and faults -----------------------------------------------------------------------------
