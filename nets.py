@@ -19,6 +19,8 @@ reverse, at the cost of two gradients and with no pass repeated.
 
 import itertools
 import math
+from functools import reduce
+from operator import iadd
 
 import autograd.numpy as anp
 import numpy as np
@@ -452,7 +454,7 @@ class Conv:
         stride, a = self.stride, _Patches(x, self.stride)
 
         def backward(u, g):
-            g[...] = a.correlate(u, g.ndim)
+            a.correlate(u, g)
 
             def tangent(v, dx):
                 da = _Patches(dx, stride)
@@ -460,15 +462,13 @@ class Conv:
                 d_out += da.convolve(w)
 
                 def finish(du, h):
-                    h[...] = a.correlate(du, h.ndim)
-                    h += da.correlate(u, h.ndim)
-                    d_below = a.transposed(du, w)
-                    d_below += a.transposed(u, v)
-                    return d_below
+                    a.correlate(du, h)
+                    h += da.correlate(u, np.empty_like(h))
+                    return a.transposed((du, w), (u, v))
 
                 return d_out, finish
 
-            return a.transposed(u, w), tangent
+            return a.transposed((u, w)), tangent
 
         return a.convolve(w), backward
 
@@ -500,21 +500,23 @@ class _Patches:
         """a w, [T, n, h', w', outputs]."""
         out = np.empty((*self.shape, w.shape[-1]), w.dtype)
         for cut, a in self.blocks():
-            part = out[:, cut]
-            part[...] = _times(a, w).reshape(part.shape)
+            np.matmul(a, w, out=_rows(out[:, cut]))
         return out
 
-    def correlate(self, u, ndim):
-        """aᵀ u, [T, 9 c, outputs], or its sum over tasks where ndim is 2."""
-        shape = (len(u), 9 * self.below[-1], u.shape[-1])[3 - ndim :]
-        parts = (_transposed_times(a, _rows(u[:, cut]), np.empty(shape, u.dtype)) for cut, a in self.blocks())
-        return sum(parts, np.zeros((), u.dtype))
+    def correlate(self, u, out):
+        """Writes aᵀ u into out, [T, 9 c, outputs], or its sum over tasks where out is [9 c, outputs]."""
+        blocks = ((a, _rows(u[:, cut])) for cut, a in self.blocks())
+        _transposed_times(*next(blocks), out)
+        for a, part in blocks:
+            out += _transposed_times(a, part, np.empty_like(out))
+        return out
 
-    def transposed(self, u, w):
-        """unfoldᵀ(u wᵀ): the gradient by x. At stride 1 it is itself a convolution."""
+    def transposed(self, *pairs):
+        """Σ over pairs (u, w) of unfoldᵀ(u wᵀ): the gradient by x. At stride 1 it is itself a convolution."""
         if self.stride == 1:
-            return _Patches(u, 1).convolve(_turned(w))
-        return _fold(_times(_rows(u), w.mT), self.below, self.stride)
+            return reduce(iadd, (_Patches(u, 1).convolve(_turned(w)) for u, w in pairs))
+        patches = reduce(iadd, (_times(_rows(u), w.mT) for u, w in pairs))
+        return _fold(patches, self.below, self.stride)
 
 
 BLOCK = 1 << 19  # numbers that stay in the cache
