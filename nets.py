@@ -312,21 +312,37 @@ class MaxPool(_Fixed):
         return anp.max(quads, axis=(3, 5))
 
     def forward(self, _, x):
-        quads = _quads(x)
-        out = np.maximum(np.maximum(quads[0], quads[1]), np.maximum(quads[2], quads[3]))
-        masks, shape = [q == out for q in quads], x.shape
-        share = np.reciprocal(sum(mask.view(np.uint8) for mask in masks), dtype=x.dtype)
+        (tasks, n, h, w, c), shape = x.shape, x.shape
+        out = np.empty((tasks, n, h // 2, w // 2, c), x.dtype)
+        masks = np.empty((4, *out.shape), bool)
+        for cut in _blocks(x):
+            quads, part = _quads(x[:, cut]), out[:, cut]
+            np.maximum(np.maximum(quads[0], quads[1]), np.maximum(quads[2], quads[3]), out=part)
+            for mask, q in zip(masks, quads):
+                np.equal(q, part, out=mask[:, cut])
+        share = np.reciprocal(masks.sum(axis=0, dtype=np.uint8), dtype=x.dtype)
 
         def gather(dx):
             return sum(mask * q for mask, q in zip(masks, _quads(dx))) * share
 
         def scatter(u):
-            below, u = np.zeros(shape, u.dtype), u * share
-            for mask, q in zip(masks, _quads(below)):
-                np.multiply(mask, u, out=q)
+            below, u = np.empty(shape, u.dtype), u * share
+            for cut in _blocks(below):
+                below[:, cut] = 0
+                for mask, q in zip(masks, _quads(below[:, cut])):
+                    np.multiply(mask[:, cut], u[:, cut], out=q)
             return below
 
         return _linear(out, gather, scatter)
+
+
+def _blocks(x, copies=1):
+    """Slices of so few images that `copies` of what x [T, n, ...] has of them stay in the cache."""
+    size = max(1, BLOCK // (copies * x[:, 0].size))
+    return [slice(start, start + size) for start in range(0, x.shape[1], size)]
+
+
+BLOCK = 1 << 19  # numbers that stay in the cache
 
 
 def _quads(x):
@@ -491,10 +507,8 @@ class _Patches:
         if self.stride > 1:
             yield slice(None), self.kept
         else:
-            size = max(1, BLOCK // (9 * self.x[:, 0].size))
-            for start in range(0, self.x.shape[1], size):
-                cut = slice(start, start + size)
-                yield cut, _unfold(self.x[:, cut], 1)
+            for cut in _blocks(self.x, copies=9):
+                yield cut, _unfold(self.x[:, cut], self.stride)
 
     def convolve(self, w):
         """a w, [T, n, h', w', outputs]."""
@@ -517,9 +531,6 @@ class _Patches:
             return reduce(iadd, (_Patches(u, 1).convolve(_turned(w)) for u, w in pairs))
         patches = reduce(iadd, (_times(_rows(u), w.mT) for u, w in pairs))
         return _fold(patches, self.below, self.stride)
-
-
-BLOCK = 1 << 19  # numbers that stay in the cache
 
 
 def _turned(w):
