@@ -86,6 +86,8 @@ class Locomotion:
         self.model = self.mujoco.MjModel.from_xml_path(path)
         if self.ant:
             self.model.opt.timestep = 0.02
+        # MuJoCo would put a state that is not finite back to the start, and the ant never be done for it.
+        self.model.opt.disableflags |= self.mujoco.mjtDisableBit.mjDSBL_AUTORESET
         self.actions = self.model.nu
         self.simulation = simulation = self.mujoco.MjData(self.model)
         names = "QPOS", "QVEL", "WARMSTART", "CTRL"
@@ -435,7 +437,7 @@ def conjugate_gradient(product, b, iterations, tolerance=1e-10):
     """x with product(x) = b, from 0, until |r|² < tolerance: -> x, r = b - product(x) by the recursion."""
     x, r, p = np.zeros_like(b), b, b
     rr = r @ r
-    for _ in range(iterations):
+    for _ in range(iterations if rr else 0):
         z = product(p)
         step = rr / (p @ z)
         x, r = x + step * p, r - step * z
@@ -690,13 +692,13 @@ class Experiment:
         """
         rng = self.stream(purpose)
         goals = self.goals(None if purpose == "test" else rng, count)
-        adapted, rows = [theta[None]] * count, []
-        for step in range(steps + 1):
+        adapted = [theta[None]] * count
+        episodes, batches = self.sample(goals, trajectories, adapted, rng)
+        rows = [episodes.returns().astype(float)]
+        for step in range(0 if self.method == "oracle" else steps):
+            adapted, _ = self.adapt(adapted, batches, self.alpha * (shrink if step else 1))
             episodes, batches = self.sample(goals, trajectories, adapted, rng)
             rows.append(episodes.returns().astype(float))
-            if self.method == "oracle":
-                break
-            adapted, _ = self.adapt(adapted, batches, self.alpha * (shrink if step else 1))
         return np.stack(rows)
 
 

@@ -2455,6 +2455,112 @@ def test_conjugate_gradient_solves_and_the_line_search_keeps_theta_where_nothing
     assert (theta == 1).all() and (j, kl) == (4, 0)
 
 
+def test_nothing_to_descend_is_no_step():
+    x, residual = rl.conjugate_gradient(lambda v: v, np.zeros(3), 5)
+    assert not x.any() and not residual.any()
+
+
+def test_an_ant_whose_state_is_not_finite_is_done():
+    pytest.importorskip("mujoco", reason="needs gymnasium[mujoco]")
+    environment = rl.Locomotion("ant-vel", [1.0], 2)
+    environment.reset(np.random.default_rng(0))
+    environment.states[0, environment.model.nq] = 1e200
+    _, reward, done = environment.step(np.zeros((1, 2, 8)))
+    assert done.tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(
+    "task, low, high, mean",
+    [("cheetah-vel", 0, 2, 1), ("ant-vel", 0, 3, 1.5), ("cheetah-dir", -1, 1, 0), ("ant-dir", -1, 1, 0)],
+)
+def test_goals_are_drawn_over_their_whole_range(task, low, high, mean):
+    settings = rl.settings_of(rl.build_parser().parse_args(["--task", task]))
+    goals = rl.Experiment(settings).goals(np.random.default_rng(0), 4000)
+    assert low <= goals.min() < low + 0.01 and high - 0.01 < goals.max() <= high
+    assert abs(goals.mean() - mean) < 0.07
+    assert task.endswith("vel") or set(goals) == {-1, 1}
+
+
+def test_navigations_goals_fill_the_square_and_the_authors_test_goals_are_theirs():
+    def goals(task, rng, count):
+        settings = rl.settings_of(rl.build_parser().parse_args(["--task", task]))
+        return rl.Experiment(settings).goals(rng, count)
+
+    drawn = goals("navigation", np.random.default_rng(0), 4000)
+    assert drawn.min(axis=0).max() < -0.49 and drawn.max(axis=0).min() > 0.49
+    quadrants = np.bincount((drawn > 0) @ [2, 1], minlength=4) / 4000
+    assert np.abs(quadrants - 0.25).max() < 0.03
+    for task, seed, top in (("cheetah-vel", 1, 2), ("ant-vel", 1, 3)):
+        expected = np.random.RandomState(seed).uniform(0, top, 7)  # noqa: NPY002
+        assert np.array_equal(goals(task, None, 7), expected)
+    expected = np.random.RandomState(2).uniform(0, 3, 7)  # noqa: NPY002
+    assert np.array_equal(goals("ant-dir", None, 7), np.where(expected < 1.5, -1, 1))
+
+
+def test_features_and_batches_are_as_the_authors_have_them():
+    o = np.zeros((1, 1, 3, 2))
+    phi = rl.features(o)
+    assert np.allclose(phi[0, 0, 2, 4:], [0.02, 0.0004, 0.000008, 1])
+    rng = np.random.default_rng(0)
+    episodes = rl.Episodes(
+        rng.normal(size=(1, 4, 9, 2)),
+        rng.normal(size=(1, 4, 9, 1)),
+        rng.normal(size=(1, 4, 9)),
+        np.ones((1, 4, 9)),
+    )
+    values = rl.baseline(episodes.observations, rl.discounted(episodes.rewards, 0.9), episodes.mask)
+    expected = rl.advantages(episodes.rewards, values, episodes.mask, 0.9, 0.5) / 36
+    assert error(rl.batch_of(episodes, 0.9, 0.5)[1][..., 1].ravel(), expected.ravel()) < 1e-12
+
+
+def test_the_line_search_keeps_to_the_limit_and_damping_counts():
+    b, identity = np.ones(2), lambda v: v  # noqa: E731
+    far = lambda x: (-1.0, float(x @ x))  # noqa: E731
+    theta, j, divergence = rl.trust_region_step(np.zeros(2), 0.0, b, identity, far, 0.02, 5, 0.0, 0.5, 9)
+    assert 0 < divergence <= 0.02 and j == 1
+    x, _ = rl.conjugate_gradient(lambda v: identity(v) + 3 * v, b, 5)
+    damped, *_ = rl.trust_region_step(np.zeros(2), 0.0, b, lambda v: 0 * v, far, 0.02, 5, 4.0, 0.5, 9)
+    assert np.isfinite(damped).all() and damped.any() and np.allclose(x, 0.25)
+
+
+def test_the_first_step_is_whole_and_those_after_it_shrink(monkeypatch):
+    """alpha, then alpha times --eval-shrink; the oracle is not adapted; a score is after adaptation."""
+    settings = rl.settings_of(rl.build_parser().parse_args(["--task", "navigation"]))
+    rates = []
+    for method in ("maml", "oracle"):
+        experiment = rl.Experiment(settings | {"method": method})
+        monkeypatch.setattr(experiment, "sample", lambda goals, *_: (Fixed(len(goals)), None))
+        monkeypatch.setattr(experiment, "adapt", lambda theta, _, alpha: (rates.append(alpha) or theta, None))
+        assert len(experiment.curve(np.zeros(3), "test", 2, 1, 3, 0.5)) == (4 if method == "maml" else 1)
+    assert rates == [0.5, 0.25, 0.25]
+    experiment = rl.Experiment(settings)
+    monkeypatch.setattr(experiment, "curve", lambda *_: np.array([[-100.0], [-3.0], [-2.0], [-1.0]]))
+    assert experiment.score(np.zeros(3)) == -2
+
+
+class Fixed:
+    def __init__(self, count):
+        self.count = count
+
+    def returns(self):
+        return np.zeros(self.count)
+
+
+@pytest.mark.parametrize(
+    "baseline, task, alpha",
+    [
+        ("pretrained", "cheetah-vel", 0.02),
+        ("random", "cheetah-vel", 0.1),
+        ("pretrained", "ant-dir", 0.2),
+        ("random", "navigation", 0.5),
+        ("oracle", "ant-vel", 0.1),
+    ],
+)
+def test_baselines_adapt_at_the_authors_rates(baseline, task, alpha):
+    words = ["--task", task, "--baseline", baseline]
+    assert rl.settings_of(rl.build_parser().parse_args(words))["alpha"] == alpha
+
+
 WALK = "--task navigation --horizon 20 --meta-batch 6 --trajectories 10 --hidden 16 --eval-tasks 6".split()
 WALK += "--eval-trajectories 5".split()
 
