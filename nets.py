@@ -601,7 +601,7 @@ class FirstBlock:
 
     def forward(self, w, x):
         a, shape = _centred_patches(x, self.conv.stride)
-        covariance = a[:, :-1] @ (a[:, :-1] / x.dtype.type(a.shape[-1])).mT
+        covariance = a[:, :-1] @ a[:, :-1].mT / x.dtype.type(a.shape[-1])
         w, beta = w[..., :-1, :], w[..., -1:, :]
         cw = covariance @ w
         s = np.sqrt(_dot(w, cw) + x.dtype.type(EPSILON))
