@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MIT
 """`python bench.py [images | rl | scaling]`: hot paths beside their definitions, PyTorch and JAX.
 
-Equality is asserted before anything is timed. All sides are float32 and free to use all cores. The sides
-of a row take turns, in blocks of calls, and each shows the median of its blocks, so that a machine whose
-speed drifts slows all alike. Ratios above 1 mean that ours is faster.
+Without a word the sinusoids: gradients, meta-gradients, and the whole run. images: convolutional networks;
+rl: the policy's products and a meta-iteration; scaling: both cores against one, and a model of many workers.
+
+JAX and PyTorch are written as their users do: parameters as a list of arrays, vmap over tasks, jit or
+torch.compile, and one scan for the whole run. Equality is asserted before anything is timed. All sides are
+float32 and free to use all cores. The sides of a row take turns, in blocks of calls, and each shows the
+median of its blocks, so that a machine whose speed drifts slows all alike. Ratios above 1: ours is faster.
 """
 
 import importlib
@@ -33,7 +37,7 @@ def optional(name):
 
 
 jax, torch = optional("jax"), optional("torch")
-COLUMNS = "definition", "torch.func", "jax"
+COLUMNS = "definition", "torch.func", "compiled", "jax"
 
 
 def assert_equal(found, expected, tolerance=2e-3):
@@ -80,95 +84,101 @@ def sinusoid_sides(loss, theta, support, query, alpha, steps):
         "definition": lambda: maml.meta_gradient_by_definition(loss, *args)[1],
     }
     if torch:
-        sides["torch.func"] = torch_meta_gradient(loss.network.shapes, *args)
+        sides["torch.func"] = torch_meta_gradient(loss.network, *args)
+        sides["compiled"] = torch_meta_gradient(loss.network, *args, transform=torch.compile)
     if jax:
-        sides["jax"] = jax_meta_gradient(loss.network.shapes, *args)
-    for side in sides.values():
+        sides["jax"] = jax_meta_gradient(loss.network, *args)
+    for name, side in sides.items():
+        began = time.perf_counter()
         assert_equal(side(), sides["definition"]())
+        if name == "compiled":
+            print(f"  compiled in {time.perf_counter() - began:.0f} s", flush=True)
     return sides
 
 
-def sliced(shapes, theta):
-    start = 0
-    for shape in shapes.values():
-        stop = start + int(np.prod(shape))
-        yield theta[start:stop].reshape(shape)
-        start = stop
-
-
-def mlp_loss(shapes, relu, theta, x, y):
+def mlp_loss(relu, arrays, x, y):
     """The mean squared error of a multi-layer perceptron, of one task, in any array library."""
-    arrays = list(sliced(shapes, theta))
     for i in range(0, len(arrays), 2):
         x = (relu(x) if i else x) @ arrays[i] + arrays[i + 1]
     return ((x - y) ** 2).mean()
 
 
-def jax_meta_gradient(shapes, theta, support, query, alpha, steps):
-    loss = partial(mlp_loss, shapes, jax.nn.relu)
+def one_task(grad, loss, alpha, steps):
+    """MAML's objective of one task on a list of arrays, as a user of such a library writes it."""
 
-    def one_task(theta, support, query):
+    def objective(arrays, sx, sy, qx, qy):
         for _ in range(steps):
-            theta = theta - alpha * jax.grad(loss)(theta, *support)
-        return loss(theta, *query)
+            slopes = grad(loss)(arrays, sx, sy)
+            arrays = [array - alpha * slope for array, slope in zip(arrays, slopes)]
+        return loss(arrays, qx, qy)
 
-    outer = jax.jit(jax.grad(lambda *data: jax.vmap(one_task, (None, 0, 0))(*data).mean()))
-    data = jax.tree.map(jax.numpy.asarray, (theta, support, query))
-    return lambda: outer(*data).block_until_ready()
+    return objective
 
 
-def torch_meta_gradient(shapes, theta, support, query, alpha, steps):
-    loss = partial(mlp_loss, shapes, torch.relu)
+def flat(arrays):
+    return np.concatenate([np.asarray(array).ravel() for array in arrays])
 
-    def one_task(theta, sx, sy, qx, qy):
-        for _ in range(steps):
-            theta = theta - alpha * torch.func.grad(loss)(theta, sx, sy)
-        return loss(theta, qx, qy)
 
-    outer = torch.func.grad(lambda *data: torch.func.vmap(one_task, (None, 0, 0, 0, 0))(*data).mean())
-    data = [torch.from_numpy(array) for array in (theta, *support, *query)]
-    return lambda: outer(*data).numpy()
+def jax_meta_gradient(network, theta, support, query, alpha, steps):
+    each = jax.vmap(one_task(jax.grad, partial(mlp_loss, jax.nn.relu), alpha, steps), (None, 0, 0, 0, 0))
+    outer = jax.jit(jax.grad(lambda *data: each(*data).mean()))
+    data = jax.tree.map(jax.numpy.asarray, (list(network.unflatten(theta).values()), *support, *query))
+    return lambda: flat(jax.block_until_ready(outer(*data)))
+
+
+def torch_meta_gradient(network, theta, support, query, alpha, steps, transform=lambda f: f):
+    objective = one_task(torch.func.grad, partial(mlp_loss, torch.relu), alpha, steps)
+    each = torch.func.vmap(objective, (None, 0, 0, 0, 0))
+    outer = transform(torch.func.grad(lambda *data: each(*data).mean()))
+    arrays = [torch.tensor(array) for array in network.unflatten(theta).values()]
+    data = [torch.from_numpy(array) for array in (*support, *query)]
+    return lambda: flat(outer(arrays, *data))
 
 
 def sinusoid_run(loss, theta, count):
     """`count` meta-iterations of the paper's experiment, sampling and Adam included: ours, and JAX's scan."""
-    step = partial(maml.meta_gradient, loss, alpha=0.01, steps=1)
+    step = partial(
+        maml.adam_step,
+        outer_gradient=partial(maml.meta_gradient, loss, alpha=0.01, steps=1),
+        sample=partial(tasks.sinusoid, shots=10, query_shots=10),
+        tasks=25,
+        beta=1e-3,
+    )
 
     def ours():
-        rng = np.random.default_rng(0)
-        sample = partial(tasks.sinusoid, tasks=25, shots=10, query_shots=10)
-        run = maml.train(step, sample, maml.State.start(theta), rng, 1e-3, count)
-        *_, (state, _) = run
+        *_, (state, _) = maml.train(step, maml.State.start(theta), np.random.default_rng(0), count)
         return state.theta
 
-    if not jax:
-        return {"ours": ours}
-    jnp, loss_of = jax.numpy, partial(mlp_loss, loss.network.shapes, jax.nn.relu)
+    return {"ours": ours} | ({"jax": jax_run(loss.network, theta, count)} if jax else {})
 
-    def outer(theta, x, y):
-        def one_task(x, y):
-            return loss_of(theta - 0.01 * jax.grad(loss_of)(theta, x[:10], y[:10]), x[10:], y[10:])
 
-        return jax.vmap(one_task)(x, y).mean()
+def jax_run(network, theta, count):
+    jnp, tree = jax.numpy, jax.tree.map
+    objective = one_task(jax.grad, partial(mlp_loss, jax.nn.relu), 0.01, 1)
+    each = jax.vmap(objective, (None, 0, 0, 0, 0))
 
     def iteration(carry, key):
-        theta, m, v, t = carry
+        arrays, m, v, t = carry
         keys = jax.random.split(key, 3)
         amplitude = jax.random.uniform(keys[0], (25, 1, 1), minval=0.1, maxval=5)
         phase = jax.random.uniform(keys[1], (25, 1, 1), maxval=np.pi)
         x = jax.random.uniform(keys[2], (25, 20, 1), minval=-5, maxval=5)
-        value, g = jax.value_and_grad(outer)(theta, x, amplitude * jnp.sin(x - phase))
-        m, v, t = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g, t + 1
+        y = amplitude * jnp.sin(x - phase)
+        data = x[:, :10], y[:, :10], x[:, 10:], y[:, 10:]
+        value, g = jax.value_and_grad(lambda arrays: each(arrays, *data).mean())(arrays)
+        m, t = tree(lambda m, g: 0.9 * m + 0.1 * g, m, g), t + 1
+        v = tree(lambda v, g: 0.999 * v + 0.001 * g * g, v, g)
         rate = 1e-3 * jnp.sqrt(1 - 0.999**t) / (1 - 0.9**t)
-        return (theta - rate * m / (jnp.sqrt(v) + 1e-8), m, v, t), value
+        arrays = tree(lambda a, m, v: a - rate * m / (jnp.sqrt(v) + 1e-8), arrays, m, v)
+        return (arrays, m, v, t), value
 
     @jax.jit
-    def scan(theta, key):
-        carry = (theta, jnp.zeros_like(theta), jnp.zeros_like(theta), 0.0)
-        return jax.lax.scan(iteration, carry, jax.random.split(key, count))[0][0]
+    def scan(arrays, key):
+        zeros = tree(jnp.zeros_like, arrays)
+        return jax.lax.scan(iteration, (arrays, zeros, zeros, 0.0), jax.random.split(key, count))[0][0]
 
-    key = jax.random.key(0)
-    return {"ours": ours, "jax": lambda: scan(theta, key).block_until_ready()}
+    arrays = tree(jnp.asarray, list(network.unflatten(theta).values()))
+    return lambda: jax.block_until_ready(scan(arrays, jax.random.key(0)))
 
 
 def image_sides(shape, ways, filters, pool, count, queries, steps):
@@ -177,51 +187,45 @@ def image_sides(shape, ways, filters, pool, count, queries, steps):
     Equality is asserted in float64 on two tasks: in float32 rounding tips single ReLUs and pools over, and
     PyTorch's two forms then differ from each other by a per cent.
     """
-    rng = np.random.default_rng(0)
-    experiment = maml.experiment_of(
-        {
-            "task": "miniimagenet" if pool else "omniglot",
-            "method": "maml",
-            "ways": ways,
-            "shots": 1,
-            "query": queries // ways,
-            "net": "conv",
-            "filters": filters,
-            "steps": steps,
-            "alpha": 0.001,
-            "seed": 0,
-            "dtype": "float64",
-        }
+    words = (
+        f"--task {'miniimagenet' if pool else 'omniglot'} --ways {ways} --filters {filters} --steps {steps}"
     )
-    classes = rng.random((ways, count + 3, 1 + queries // ways, *shape)).swapaxes(0, 1)
-    classes = 0.5 * classes + 0.5 * classes[:, :, :1].mean(axis=2, keepdims=True)
-    batch = tasks.few_shot(
-        rng, classes.reshape(-1, *classes.shape[2:]), count, ways, 1, queries // ways, dtype=np.float64
-    )
-    theta = experiment.network.init(rng, np.float64)
-    step = partial(experiment.meta_gradient, experiment.loss, alpha=0.001, steps=steps)
+    words += f" --query {queries // ways} --alpha 0.001 --dtype float64"
+    experiment = maml.experiment_of(maml.settings_of(maml.build_parser().parse_args(words.split())))
+    rng, classes = np.random.default_rng(0), count + 3
+    drawn = rng.random((classes * ways, 1 + queries // ways, *shape))
+    images = 0.5 * drawn + 0.5 * drawn[:, :1]
+    theta, step = experiment.network.init(rng, np.float64), experiment.outer_gradient().func
+    step = partial(step, experiment.loss, alpha=0.001, steps=steps)
+    kept = {"kept": maml.KEPT_STEPS[experiment.settings["task"]]}
+    if steps > kept["kept"]:
+        step = partial(maml.meta_gradient_recomputed, experiment.loss, alpha=0.001, steps=steps, **kept)
 
-    def sides(theta, support, query):
+    def sides(count, theta, dtype):
+        sample = partial(
+            tasks.few_shot, images=images, ways=ways, shots=1, query_shots=queries // ways, dtype=dtype
+        )
+        batch = maml.spread(lambda *pairs: pairs, sample, np.random.default_rng(0), count, experiment.parcel)
+        support, query = (tuple(map(np.concatenate, zip(*pairs))) for pairs in zip(*batch))
         ours = {
-            "ours": lambda: maml.mean_over_chunks(
-                step, theta, support, query, experiment.chunk, experiment.map
+            "ours": lambda: maml.mean_over_parcels(
+                partial(step, theta),
+                sample,
+                np.random.default_rng(0),
+                count,
+                experiment.parcel,
+                experiment.map,
             )[1]
         }
-        return ours | (
-            torch_image_sides(experiment.network, pool, theta, support, query, 0.001, steps) if torch else {}
-        )
+        if not torch:
+            return ours
+        return ours | torch_image_sides(experiment.network, pool, theta, support, query, 0.001, steps)
 
-    two = sides(theta, *(tuple(array[:2] for array in pair) for pair in batch))
+    two = sides(2, theta, np.float64)
     for side in two.values():
         error = np.linalg.norm(side() - two["ours"]()) / np.linalg.norm(two["ours"]())
         assert error < 1e-8, f"relative error {error}"
-    return sides(*single((theta, *batch)))
-
-
-def single(arrays):
-    if isinstance(arrays, tuple):
-        return tuple(single(array) for array in arrays)
-    return arrays.astype(np.float32)
+    return sides(count, theta.astype(np.float32), np.float32)
 
 
 def torch_image_sides(network, pool, theta, support, query, alpha, steps):
@@ -248,10 +252,8 @@ def torch_image_sides(network, pool, theta, support, query, alpha, steps):
             p = [a - alpha * g for a, g in zip(p, torch.func.grad(loss)(p, sx, sy))]
         return loss(p, qx, qy)
 
-    def flat(p):
-        return np.concatenate(
-            [(a.permute(2, 3, 1, 0) if a.ndim == 4 else a).detach().numpy().ravel() for a in p]
-        )
+    def flattened(p):
+        return flat([(a.permute(2, 3, 1, 0) if a.ndim == 4 else a).detach() for a in p])
 
     arrays = network.unflatten(theta).values()
     p = [torch.tensor(a.transpose(3, 2, 0, 1) if a.ndim == 4 else a).contiguous() for a in arrays]
@@ -262,7 +264,7 @@ def torch_image_sides(network, pool, theta, support, query, alpha, steps):
 
     def mapped():
         total = torch.func.grad(lambda p: torch.func.vmap(lambda *d: one_task(p, *d))(*data).mean())
-        return flat(total(p))
+        return flattened(total(p))
 
     def looped():
         start, total = [a.detach().requires_grad_() for a in p], [torch.zeros_like(a) for a in p]
@@ -273,7 +275,7 @@ def torch_image_sides(network, pool, theta, support, query, alpha, steps):
                 q = [a - alpha * b for a, b in zip(q, g)]
             for a, b in zip(total, torch.autograd.grad(loss(q, qx, qy), start)):
                 a += b / len(data[0])
-        return flat(total)
+        return flattened(total)
 
     return {"torch.func": mapped, "torch loop": looped}
 
@@ -457,9 +459,14 @@ def image_meta_iteration(*words):
     experiment.file = tempfile.NamedTemporaryFile(suffix=".npy")
     np.save(experiment.file, rng.integers(256, size=(64, 20, *shape)).astype(np.uint8))
     experiment.file.flush()
-    experiment.images = {"train": np.lib.format.open_memmap(experiment.file.name, "r").view(tasks.Mapped)}
-    theta, batch, gradient = experiment.start().theta, experiment.sample(rng), experiment.outer_gradient()
-    return experiment, lambda map: maml.mean_over_chunks(gradient, theta, *batch, experiment.chunk, map)[1]
+    experiment.images = {"train": tasks.Split(experiment.file.name, 0, 64)}
+    one = partial(experiment.outer_gradient(), experiment.start().theta)
+    sample, count, parcel = experiment.meta_batch().values()
+
+    def gradient(map):
+        return maml.mean_over_parcels(one, sample, np.random.default_rng(0), count, parcel, map)[1]
+
+    return experiment, gradient
 
 
 def rl_experiment(task, *words):
@@ -484,7 +491,7 @@ def scaling():
     speed_up("Omniglot 5-way, threads", gradient, omniglot.map)
     mini, mini_gradient = image_meta_iteration("--task", "miniimagenet")
     compute = {"MiniImagenet": speed_up("MiniImagenet 5-way, threads", mini_gradient, mini.map) / 4}
-    traffic = {"MiniImagenet": 2 * 4 * mini.size}
+    traffic = {"MiniImagenet": 2 * 4 * mini.network.size}
     navigation = rl_experiment("navigation")
     threads, theta = navigation.threads, navigation.start().theta
 
@@ -594,6 +601,10 @@ if __name__ == "__main__":
     maml.one_blas_thread()  # as the command does; PyTorch and JAX have thread pools of their own
     parts = {"": sinusoids, "images": images, "rl": reinforcement, "scaling": scaling}
     name = "".join(sys.argv[1:2])
-    if name not in parts:
-        sys.exit(f"bench.py: {name!r} is none of images, rl and scaling")
-    parts[name]()
+    if name in ("-h", "--help"):
+        print(__doc__)
+    elif name not in parts:
+        print(f"bench.py: {name!r} is none of images, rl and scaling; see --help", file=sys.stderr)
+        sys.exit(2)
+    else:
+        parts[name]()
