@@ -601,7 +601,8 @@ class FirstBlock:
 
     def forward(self, w, x):
         a, shape = _centred_patches(x, self.conv.stride)
-        covariance = a[:, :-1] @ a[:, :-1].mT / x.dtype.type(a.shape[-1])
+        moments = (a @ a.mT[..., :-1]).sum(axis=1)  # not symmetric, for BLAS's way with that is slower
+        covariance = moments[:, :-1] / x.dtype.type(math.prod(shape[1:]))
         w, beta = w[..., :-1, :], w[..., -1:, :]
         cw = covariance @ w
         s = np.sqrt(_dot(w, cw) + x.dtype.type(EPSILON))
@@ -609,10 +610,13 @@ class FirstBlock:
 
         def times(w, beta):
             beta = np.broadcast_to(beta, (len(w), *beta.shape[-2:]))
-            return (a.mT @ np.concatenate([w, beta], axis=1)).reshape(*shape, -1)
+            return (a.mT @ np.concatenate([w, beta], axis=1)[:, None]).reshape(*shape, -1)
+
+        def transposed_times(u):
+            return (a @ u.reshape(*a.mT.shape[:3], -1)).sum(axis=1)
 
         def backward(u, g):
-            u = a @ _rows(u)
+            u = transposed_times(u)
             q = _dot(u[:, :-1], w)
             g[:, :-1] = (u[:, :-1] - q * cw) / s
             g[:, -1:] = u[:, -1:]
@@ -622,7 +626,7 @@ class FirstBlock:
                 dw = (v[:, :-1] - w * ds) / s
 
                 def finish(du, h):
-                    du = a @ _rows(du)
+                    du = transposed_times(du)
                     dq = _dot(du[:, :-1], w) + _dot(u[:, :-1], dw)
                     du[:, :-1] -= dq * cw + q * (covariance @ dw) + ds * g[:, :-1]
                     du[:, :-1] /= s
@@ -643,17 +647,20 @@ def _dot(x, y):
 def _centred_patches(x, stride):
     """x [T, n, h, w, c] -> `_unfold` of it, centred, as columns one after the other, then one of ones.
 
-    -> [T, 9 c + 1, rows], (T, n, out h, out w). For few channels this order of memory is the faster one.
+    -> [T, pieces, 9 c + 1, rows], (T, n, out h, out w). For few channels this order of memory is the faster
+    one, and BLAS has a faster way with pieces of up to about 1000 rows.
     """
     tasks, n, h, w, c = x.shape
     (height, top, bottom), (width, left, right) = _same(h, stride), _same(w, stride)
     padded = np.zeros((tasks, c, n, top + h + bottom, left + w + right), x.dtype)
     padded[:, :, :, top : top + h, left : left + w] = np.moveaxis(x, -1, 1)
     taps = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (3, 4))[:, :, :, ::stride, ::stride]
-    a = np.ones((tasks, 9 * c + 1, n * height * width), x.dtype)
-    a[:, :-1] = taps.transpose(0, 5, 6, 1, 2, 3, 4).reshape(tasks, 9 * c, -1)
+    a = np.empty((tasks, 9 * c + 1, n * height * width), x.dtype)
+    a[:, :-1].reshape(tasks, 3, 3, c, n, height, width)[...] = taps.transpose(0, 5, 6, 1, 2, 3, 4)
     a[:, :-1] -= a[:, :-1].mean(axis=-1, keepdims=True)
-    return a, (tasks, n, height, width)
+    a[:, -1] = 1
+    lines = max(size for size in range(1, 2 + 1000 // width) if n * height % size == 0)
+    return a.reshape(tasks, 9 * c + 1, -1, lines * width).swapaxes(1, 2), (tasks, n, height, width)
 
 
 # Losses ----------------------------------------------------------------------------------------
