@@ -385,39 +385,6 @@ def batch_of(episodes, discount, lam):
 # The outer step --------------------------------------------------------------------------------
 
 
-def inner_step(loss, alpha, theta, x, y):
-    """theta'_i = theta - alpha ∇L_i(theta), eq. (1): -> theta' [T, P], v ↦ H v."""
-    _, g, hvp = loss.expand(theta, x, y)
-    return theta - alpha * g, hvp
-
-
-def expand_outer(loss, alpha, order, theta, hvps, x, y):
-    """The outer problem at the old theta, summed over tasks: -> loss, gradient [P], v ↦ Σ_i J_iᵀ F_i J_i v.
-
-    theta [T, P] are the adapted parameters, hvps the inner steps' products in their order, (x, y) the steps
-    of the adapted policies. J u = (I - alpha H_S) ... (I - alpha H_1) u; order=1 takes J = I. The loss is
-    minus the surrogate, where the ratio is 1; F_i is a mean over the n steps of a task, all taken.
-    """
-    hvps = hvps if order == 2 else []
-    out, backward = loss.network.forward(theta, x)
-    g, tangent = backward(loss.output.expand(out, y)[1])
-    metric = fisher(out) / x.shape[1]
-
-    def transposed(v):
-        for hvp in reversed(hvps):
-            v = v - alpha * hvp(v)
-        return v.sum(axis=0)
-
-    def product(v):
-        v = np.broadcast_to(v, theta.shape)
-        for hvp in hvps:
-            v = v - alpha * hvp(v)
-        return transposed(backward(metric * tangent(v)[0])[0])
-
-    _, weight = _halves(y)
-    return -weight[..., 0].sum(), transposed(g), product
-
-
 def surrogate(policy, loss, alpha, theta, supports, query, old):
     """-mean of pi_theta' / pi_old A and mean KL(pi_old ‖ pi_theta') over a task's n steps: -> [2, T].
 
@@ -431,6 +398,56 @@ def surrogate(policy, loss, alpha, theta, supports, query, old):
     new = policy.apply(theta, x)
     ratio = anp.exp(log_likelihood(new, action) - log_likelihood(old, action))
     return anp.stack([-anp.sum(ratio * weight[..., 0], axis=1), anp.mean(kl(old, new), axis=1)])
+
+
+def outer_problem(loss, alpha, order, theta, batches, map=map):
+    """The outer step's problem at theta [P]: -> loss, gradient [P], v ↦ F v, trial ↦ (loss, KL).
+
+    The means over i of `task_problem`; batches[i] are those of a task, or of as many as every other i has.
+    """
+    problems = [*map(partial(task_problem, loss, alpha, order, theta), batches)]
+    values, gradients, products, objectives = zip(*problems)
+
+    def mean_at(functions, v):
+        return sum(map(lambda function: function(v), functions)) / len(functions)
+
+    means = (sum(parts) / len(parts) for parts in (values, gradients))
+    return *means, partial(mean_at, products), partial(mean_at, objectives)
+
+
+def task_problem(loss, alpha, order, theta, batches):
+    """`outer_problem` of one task, or of T at once, as a mean over them.
+
+    batches are the (x, y) of each inner step, [T, n, ...], and those of the adapted policy's steps. With
+    J u = (I - alpha H_S) ... (I - alpha H_1) u, or u where order is 1,
+
+        loss = -surrogate, its ratio 1    gradient = Jᵀ ∇L(theta'; query)    F v = Jᵀ (Fisher at theta') J v.
+    """
+    *supports, (x, y) = batches
+    adapted, hessians = theta, []
+    for support in supports:
+        _, g, hessian = loss.expand(adapted, *support)
+        adapted, hessians = adapted - alpha * g, [*hessians, hessian][: 0 if order == 1 else None]
+    out, backward = loss.network.forward(adapted, x)
+    g, tangent = backward(loss.output.expand(out, y)[1])
+    metric = fisher(out) / x.shape[1]
+
+    def transposed(v):
+        for hessian in reversed(hessians):
+            v = v - alpha * hessian(v)
+        return v.sum(axis=0) / len(v)
+
+    def product(v):
+        v = np.broadcast_to(v, g.shape)
+        for hessian in hessians:
+            v = v - alpha * hessian(v)
+        return transposed(backward(metric * tangent(v)[0])[0])
+
+    def objective(trial):
+        return surrogate(loss.network, loss, alpha, trial, supports, (x, y), out).mean(axis=1)
+
+    _, weight = _halves(y)
+    return -weight[..., 0].sum() / len(y), transposed(g), product, objective
 
 
 def conjugate_gradient(product, b, iterations, tolerance=1e-10):
@@ -524,7 +541,7 @@ PAPER = {
     ("ant-dir", "maml"): ("8.7", "499.2", "500.7", "499.1"),
 }
 
-CHUNK = 10  # tasks whose trajectories are sampled at once
+PARCEL = 10  # tasks whose trajectories are sampled at once
 VALIDATE_EVERY, VALIDATION_TASKS, VALIDATION_TRAJECTORIES = 5, 20, 20
 
 
@@ -539,11 +556,48 @@ def environment_of(settings, goals, trajectories):
     return environment
 
 
-def sampled(settings, policy, trajectories, goals, theta, seed):
-    """A chunk of tasks: -> Episodes, the targets y of their batch."""
+def drawn_goals(task, rng, count):
+    """`count` tasks: positions in [-0.5, 0.5]², [count, 2], or velocities or directions -1 and 1, [count]."""
+    if task == "navigation":
+        return rng.uniform(-0.5, 0.5, (count, 2))
+    top = 2.0 if task.startswith("cheetah") else 3.0
+    draws = rng.uniform(0, top, count)
+    return draws if task.endswith("vel") else np.where(draws < top / 2, -1.0, 1.0)
+
+
+def test_goals(task, count):
+    """The authors' test tasks: of NumPy's old generator from seed 1, for ant-dir 2."""
+    return drawn_goals(task, np.random.RandomState(2 if task == "ant-dir" else 1), count)  # noqa: NPY002
+
+
+def adaptation(settings, loss, theta, trajectories, rates, goals, seeds):
+    """Trajectories of theta, [P] or [T, P], before and after each inner step: yields Episodes, batches.
+
+    theta_{s+1} = theta_s - rates[s] ∇L(theta_s; batch), eq. (1), in each task, whose batch is that of the
+    steps taken, x [1, n, d], y [1, n, 2a]. A seed each time, one more than rates.
+    """
     environment = environment_of(settings, goals, trajectories)
-    episodes = rollout(environment, policy, theta, np.random.default_rng(seed))
-    return episodes, batch_of(episodes, settings["discount"], settings["lam"])[1]
+    theta = np.broadcast_to(theta, (len(goals), theta.shape[-1]))
+    for seed, rate in zip(seeds, [*rates, None]):
+        episodes = rollout(environment, loss.network, theta, np.random.default_rng(seed))
+        x, y = batch_of(episodes, settings["discount"], settings["lam"])
+        taken = episodes.mask.reshape(len(goals), -1) > 0
+        batches = [(x[i : i + 1, steps], y[i : i + 1, steps]) for i, steps in enumerate(taken)]
+        yield episodes, batches
+        if rate is not None:
+            slopes = [loss.grad(theta[i : i + 1], *batch) for i, batch in enumerate(batches)]
+            theta = theta - rate * np.concatenate(slopes)
+
+
+def experience(*given):
+    """Of `adaptation`: the returns [steps + 1, T], and the batches of each task, steps + 1 of them."""
+    returns, batches = zip(*((episodes.returns(), batches) for episodes, batches in adaptation(*given)))
+    return np.stack(returns), [*zip(*batches)]
+
+
+def returns_along(*given):
+    """Of `adaptation`: the returns alone."""
+    return np.stack([episodes.returns() for episodes, _ in adaptation(*given)]).astype(float)
 
 
 @functools.cache
@@ -575,7 +629,7 @@ class Experiment:
         return maml.pool_map(processes(), maml.cores(), function, *columns)
 
     def open(self, data, asked):
-        environment_of(self.settings, self.goals(None, 1), 1)
+        environment_of(self.settings, test_goals(self.settings["task"], 1), 1)
 
     def stream(self, purpose):
         """The seed's generator for one purpose, so that all methods meet the same goals."""
@@ -584,87 +638,39 @@ class Experiment:
     def start(self):
         return maml.State.start(self.policy.init(self.stream("init"), self.settings["dtype"]), moments=0)
 
-    def goals(self, rng, count):
-        """`count` tasks: positions in [-0.5, 0.5]², velocities, or directions -1 and 1.
+    def spread(self, function, theta, trajectories, rates, goals, rng, map):
+        """[function(what `adaptation` takes) of each parcel of goals], e.g. `experience`.
 
-        Where rng is None they are the authors' test tasks: NumPy's old generator from seed 1, for ant-dir 2.
+        A parcel is goals and a seed for each sampling, so that results do not depend on who computes it.
         """
-        if rng is None:
-            rng = np.random.RandomState(2 if self.settings["task"] == "ant-dir" else 1)  # noqa: NPY002
-        task = self.settings["task"]
-        if task == "navigation":
-            return rng.uniform(-0.5, 0.5, (count, 2))
-        top = 2.0 if task.startswith("cheetah") else 3.0
-        draws = rng.uniform(0, top, count)
-        return draws if task.endswith("vel") else np.where(draws < top / 2, -1.0, 1.0)
+        parcels = np.split(goals, range(PARCEL, len(goals), PARCEL))
+        seeds = rng.integers(2**63, size=(len(rates) + 1, len(parcels))).T
+        one = partial(function, self.settings, self.loss, theta, trajectories, rates)
+        return list(map(one, parcels, seeds))
 
-    def sample(self, goals, trajectories, theta, rng):
-        """A rollout of theta, a list of [1, P], in each task: -> Episodes, the batch of each, nothing masked.
-
-        Chunks of tasks go to `map`, each with a generator of its own, so that the result does not depend on
-        who computes them.
-        """
-        cuts = [slice(start, start + CHUNK) for start in range(0, len(goals), CHUNK)]
-        seeds = rng.integers(2**63, size=len(cuts)).tolist()
-        one = partial(sampled, self.settings, self.policy, trajectories)
-        chunks = self.map(
-            one, [goals[cut] for cut in cuts], [np.concatenate(theta[cut]) for cut in cuts], seeds
-        )
-        episodes, targets = zip(*chunks)
-        episodes = Episodes(*map(np.concatenate, zip(*episodes)))
-        x, y = episodes.observations, np.concatenate(targets)
-        x = x.reshape(*y.shape[:2], -1)
-        taken = episodes.mask.reshape(y.shape[:2]) > 0
-        return episodes, [(x[i : i + 1, steps], y[i : i + 1, steps]) for i, steps in enumerate(taken)]
-
-    def adapt(self, theta, batches, alpha):
-        """The inner step of each task: -> theta' and the Hessian-vector products, lists over tasks."""
-        step = partial(inner_step, self.loss, alpha)
-        return zip(*self.threads(step, theta, *zip(*batches)))
-
-    def meta_iteration(self, theta, rng):
+    def meta_iteration(self, theta, rng, map=map):
         """One outer update: -> theta, (return before, return after, KL, backtracks, steps taken)."""
-        s, alpha = self.settings, self.alpha
-        task = self.goals(rng, s["meta_batch"]), s["trajectories"]
-        adapted, supports, products = [theta[None]] * s["meta_batch"], [], []
-        episodes, batches = self.sample(*task, adapted, rng)
-        before, taken = episodes.returns().mean(), episodes.mask.sum()
-        for _ in range(s["steps"]):
-            adapted, hvps = self.adapt(adapted, batches, alpha)
-            supports, products = [*supports, batches], [*products, hvps]
-            episodes, batches = self.sample(*task, adapted, rng)
-            taken += episodes.mask.sum()
-        after = episodes.returns().mean()
-        olds = list(self.threads(self.policy.apply, adapted, next(zip(*batches))))
-        supports, products = ([*zip(*rows)] or [()] * len(batches) for rows in (supports, products))
-
-        expand = partial(expand_outer, self.loss, alpha, s["order"])
-        outer = list(self.threads(expand, adapted, products, *zip(*batches)))
-        values, gradients, outer_products = zip(*outer)
-        value, gradient = sum(values) / len(outer), sum(gradients) / len(outer)
-
-        def product(v):
-            return sum(self.threads(lambda one: one(v), outer_products)) / len(outer)
-
-        def objective(trial):
-            one = partial(surrogate, self.policy, self.loss, alpha, trial)
-            return np.concatenate([*self.threads(one, supports, batches, olds)], axis=1).mean(axis=1)
-
-        if not (np.isfinite([before, after]).all() and np.isfinite(gradient).all()):
+        s = self.settings
+        goals = drawn_goals(s["task"], rng, s["meta_batch"])
+        parcels = self.spread(experience, theta, s["trajectories"], self.rates(s["steps"]), goals, rng, map)
+        returns = np.concatenate([returns for returns, _ in parcels], axis=1)
+        batches = [batch for _, parcel in parcels for batch in parcel]
+        problem = outer_problem(self.loss, self.alpha, s["order"], theta, batches, self.threads)
+        before, after = returns[[0, -1]].mean(axis=1)
+        if not (np.isfinite([before, after]).all() and np.isfinite(problem[1]).all()):
             raise FloatingPointError(
                 f"returns of {before} and {after}, or a meta-gradient that is not finite"
             )
-        names = "max_kl", "cg_steps", "damping", "backtrack", "tries"
-        theta, tries, divergence = trust_region_step(
-            theta, value, gradient, product, objective, *(s[name] for name in names)
-        )
+        constants = (s[name] for name in ("max_kl", "cg_steps", "damping", "backtrack", "tries"))
+        theta, tries, divergence = trust_region_step(theta, *problem, *constants)
+        taken = sum(x.shape[1] for batch in batches for x, _ in batch)
         return theta, (before, after, divergence, tries, taken)
 
     def step(self, state, rng, map):
         """`meta_iteration`: -> State, what it reports, but steps a second for the steps taken."""
         began = time.monotonic()
         try:
-            theta, (*outcome, taken) = self.meta_iteration(state.theta, rng)
+            theta, (*outcome, taken) = self.meta_iteration(state.theta, rng, map)
         except (FloatingPointError, np.linalg.LinAlgError) as error:
             raise FloatingPointError(f"{error} (iteration {state.iteration + 1})") from None
         state = state._replace(theta=theta, iteration=state.iteration + 1)
@@ -686,20 +692,15 @@ class Experiment:
         return curve[1 if self.method == "maml" else 0 :].mean()
 
     def curve(self, theta, purpose, count, trajectories, steps, shrink):
-        """The return [steps + 1, count] of unseen tasks after 0 ... steps gradient steps, on new samples.
+        """The return [steps + 1, count] of unseen tasks after 0 ... steps gradient steps, on new samples."""
+        rng, task = self.stream(purpose), self.settings["task"]
+        goals = test_goals(task, count) if purpose == "test" else drawn_goals(task, rng, count)
+        given = theta, trajectories, self.rates(steps, shrink), goals, rng, self.map
+        return np.concatenate(self.spread(returns_along, *given), axis=1)
 
-        The first step has size alpha, the others alpha · shrink. The oracle is not adapted.
-        """
-        rng = self.stream(purpose)
-        goals = self.goals(None if purpose == "test" else rng, count)
-        adapted = [theta[None]] * count
-        episodes, batches = self.sample(goals, trajectories, adapted, rng)
-        rows = [episodes.returns().astype(float)]
-        for step in range(0 if self.method == "oracle" else steps):
-            adapted, _ = self.adapt(adapted, batches, self.alpha * (shrink if step else 1))
-            episodes, batches = self.sample(goals, trajectories, adapted, rng)
-            rows.append(episodes.returns().astype(float))
-        return np.stack(rows)
+    def rates(self, steps, shrink=1):
+        """The size of each inner step: alpha, then alpha · shrink. The oracle is not adapted."""
+        return [] if self.method == "oracle" else [self.alpha * (shrink if s else 1) for s in range(steps)]
 
 
 experiment_of = Experiment
@@ -813,13 +814,10 @@ def plot_paths(canvas, models):
     """Paths before and after adaptation on three test goals, a row a model."""
     shown = {0: ("before", "#95a5a6"), 1: ("after 1 step", "#5dade2"), 3: ("after 3 steps", "#1a5276")}
     for row, (experiment, learned) in zip(canvas.subplots(len(models), 3, squeeze=False), models):
-        s, rng, goals = experiment.settings, experiment.stream("test"), experiment.goals(None, 3)
-        adapted, kept = [learned[None]] * 3, []
-        for step in range(4):
-            episodes, batches = experiment.sample(goals, s["trajectories"], adapted, rng)
-            kept += [(*shown[step], episodes)] if step in shown else []
-            alpha = experiment.alpha * (EVALUATION[3].defaults[s["task"]] if step else 1)
-            adapted, _ = experiment.adapt(adapted, batches, alpha)
+        s, goals = experiment.settings, test_goals(experiment.settings["task"], 3)
+        rates, rng = experiment.rates(3, EVALUATION[3].defaults[s["task"]]), experiment.stream("test")
+        (along,) = experiment.spread(adaptation, learned, s["trajectories"], rates, goals, rng, map)
+        kept = [(*shown[step], episodes) for step, (episodes, _) in enumerate(along) if step in shown]
         for column, (axes, goal) in enumerate(zip(row, goals)):
             for name, color, episodes in kept:
                 for i in range(min(3, s["trajectories"])):
@@ -840,30 +838,28 @@ def filmed(experiment, learned):
 
     In a process of its own, which EGL must be named to before MuJoCo is imported, and which a driver may end.
     """
-    goals = experiment.goals(None, 1)
-    _, batches = experiment.sample(
-        goals, experiment.settings["trajectories"], [learned[None]], experiment.stream("test")
-    )
-    adapted, _ = experiment.adapt([learned[None]], batches, experiment.alpha)
+    settings, rng = experiment.settings, experiment.stream("test")
+    goals, rates = test_goals(settings["task"], 1), experiment.rates(1)
+    given = learned, settings["trajectories"], rates, goals, rng
     if not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         with maml.process_pool(1) as pool:
-            frames = pool.submit(pictures, experiment.settings, experiment.policy, *adapted, goals).result()
+            (frames,) = experiment.spread(pictures, *given, pool.map)
     except Exception as error:  # whatever the driver says
         maml.tell(f"--plot: no pictures of the body ({maml.tasks.one_line(error)})")
         return None
-    settings = experiment.settings
-    return f"{settings['task']}, {settings['method']}, goal {goals[0]:.3g}, after 1 step", frames
+    title = f"{settings['task']}, {settings['method']}, goal {goals[0]:.3g}"
+    return title + ", after 1 step" * len(rates), frames
 
 
-def pictures(settings, policy, theta, goals, count=6):
-    """`count` moments of a trajectory of pi_theta, theta [1, P]: [(seconds, metres, picture [h, w, 3])]."""
-    environment, seed = environment_of(settings, goals, 1), settings["seed"]
-    episodes = rollout(environment, policy, theta, np.random.default_rng(seed))
-    environment.reset(np.random.default_rng(seed))
+def pictures(settings, loss, theta, trajectories, rates, goals, seeds, count=6):
+    """Moments of the last of `adaptation`'s trajectories: [(seconds, metres, picture [h, w, 3])]."""
+    *_, (episodes, _) = adaptation(settings, loss, theta, trajectories, rates, goals, seeds)
+    environment = environment_of(settings, goals, trajectories)
+    environment.reset(np.random.default_rng(seeds[-1]))
     states = []
-    for t in range(int(episodes.mask.sum())):
+    for t in range(int(episodes.mask[0, 0].sum())):
         states.append(environment.states[0].copy())
         environment.step(episodes.actions[:, :, t])
     mujoco, model, simulation = environment.mujoco, environment.model, environment.simulation

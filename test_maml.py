@@ -2190,12 +2190,10 @@ class Policies:
                 )
                 taken = mask[0].ravel() > 0
                 self.batches.append(tuple(array[:, taken] for array in rl.batch_of(episodes, 0.9, 0.8)))
-            self.adapted, self.hvps = self.theta, []
-            near = []
+            self.adapted, near = self.theta, []
             for x, y in self.batches[:-1]:
                 near.append(distance_to_kink(self.policy, self.adapted, x))
-                self.adapted, hvp = rl.inner_step(self.loss, 0.1, self.adapted, x, y)
-                self.hvps.append(hvp)
+                self.adapted = self.adapted - 0.1 * self.loss.grad(self.adapted, x, y)
             self.adapted = self.adapted + np.zeros((tasks_, 1))
             near.append(distance_to_kink(self.policy, self.adapted, self.batches[-1][0]))
             if min(near) > 2e-3:
@@ -2214,9 +2212,15 @@ class Policies:
         return anp.mean(one, axis=1)
 
     def outer(self, order=2):
-        value, g, product = rl.expand_outer(self.loss, 0.1, order, self.adapted, self.hvps, *self.batches[-1])
-        assert abs(value / len(self.adapted) - self.objective(self.theta)[0]) < 1e-12
-        return g / len(self.adapted), lambda v: product(v) / len(self.adapted)
+        """Gradient and product of `rl.outer_problem`, a task at a time; its values are the definition's."""
+        each = [[(x[[i]], y[[i]]) for x, y in self.batches] for i in range(len(self.adapted))]
+        value, g, product, objective = rl.outer_problem(self.loss, 0.1, order, self.theta, each)
+        assert abs(value - self.objective(self.theta)[0]) < 1e-12
+        trial = self.theta + 0.1 * self.direction(self.theta.shape)
+        assert error(objective(trial), self.objective(trial)) < 1e-12
+        at_once = rl.outer_problem(self.loss, 0.1, order, self.theta, [self.batches])
+        assert error(at_once[1], g) < 1e-12 and error(at_once[2](g), product(g)) < 1e-12
+        return g, product
 
 
 policies = st.builds(
@@ -2345,20 +2349,29 @@ def test_rollout_masks_what_follows_the_end():
     assert np.allclose(episodes.returns()[0], -np.hypot(0.1, 0.05), atol=1e-5)
 
 
-def test_what_follows_the_end_is_no_part_of_a_batch():
-    words = "--task", "navigation", "--hidden", "3", "--dtype", "float64"
-    experiment = rl.Experiment(rl.settings_of(rl.build_parser().parse_args(words)))
-    theta = np.zeros((1, experiment.policy.size))
+def rl_experiment(*words):
+    words = ["--task", *map(str, words), "--dtype", "float64", "--hidden", 3]
+    return rl.Experiment(rl.settings_of(rl.build_parser().parse_args([*map(str, words)])))
+
+
+def test_adaptation_takes_turns_between_trajectories_and_steps_and_leaves_what_follows_an_end():
+    experiment = rl_experiment("navigation", "--discount", 0.9, "--lam", 0.6)
+    theta = np.zeros(experiment.policy.size)
     experiment.policy.unflatten(theta)["log_std"][:] = -3
     experiment.policy.unflatten(theta)["b3"][:] = [1, 0.5]
-    goals = np.array([[0.2, 0.1], [0.4, -0.4]])
-    episodes, batches = experiment.sample(goals, 3, [theta, theta], np.random.default_rng(0))
-    steps = episodes.mask.sum(axis=(1, 2))
-    assert 0 < steps[0] < 300 and steps[1] == 300
-    assert [y.shape for _, y in batches] == [(1, n, 4) for n in steps]
-    padded = experiment.loss.grad(np.repeat(theta, 2, axis=0), *rl.batch_of(episodes, 0.99, 1.0))
-    for g, batch in zip(padded, batches):
-        assert error(experiment.loss.grad(theta, *batch)[0], g) < 1e-12
+    goals, rates, seeds = np.array([[0.2, 0.1], [0.4, -0.4]]), [0.5, 0.25], [3, 4, 5]
+    given = experiment.settings, experiment.loss, theta, 3, rates, goals, seeds
+    (returns, batches), along = rl.experience(*given), rl.returns_along(*given)
+    for step, (seed, rate) in enumerate(zip(seeds, [*rates, 0])):
+        environment, rng = rl.Navigation(goals, 3), np.random.default_rng(seed)
+        episodes = rl.rollout(environment, experiment.policy, theta + np.zeros((2, 1)), rng)
+        assert error(returns[step], episodes.returns()) < 1e-12 > error(along[step], returns[step])
+        data = rl.batch_of(episodes, 0.9, 0.6)
+        for i, taken in enumerate(episodes.mask.reshape(2, -1) > 0):
+            for found, padded in zip(batches[i][step], data):
+                assert error(found, padded[[i]][:, taken]) < 1e-12
+        theta = theta - rate * experiment.loss.grad(theta, *data)
+    assert batches[0][0][0].shape[1] < 300 == batches[1][0][0].shape[1]
 
 
 def gymnasium_alone(environment, actions):
@@ -2414,6 +2427,18 @@ def test_locomotion_equals_gymnasium_and_pays_the_authors_rewards(name):
             assert ended[1, 0] == (not 0.2 <= simulation.qpos[2] <= 1)
         assert abs(reward[1, 0] - expected) < 1e-4
     assert t > 10 and (ant or t == 199)
+
+
+@pytest.mark.parametrize("name", ["cheetah-vel", "ant-vel"])
+def test_locomotion_starts_as_the_authors_do(name):
+    pytest.importorskip("mujoco", reason='needs "gymnasium[mujoco]"')
+    environment = rl.Locomotion(name, [1.0], 300)
+    environment.reset(np.random.default_rng(0))
+    nq, nv = environment.model.nq, environment.model.nv
+    noise = environment.states[:, : nq + nv].std(axis=0)
+    assert np.allclose(noise[:nq], 0.01, rtol=0.2) and np.allclose(noise[nq:], 0.1, rtol=0.2)
+    start = np.mean(environment.states[:, 2 if name == "ant-vel" else 1])
+    assert abs(start - (0.55 if name == "ant-vel" else 0)) < 0.005
 
 
 def test_an_ant_that_has_ended_stays_as_it_is_and_is_paid_nothing():
@@ -2489,27 +2514,31 @@ def test_an_ant_whose_state_is_not_finite_is_done():
     [("cheetah-vel", 0, 2, 1), ("ant-vel", 0, 3, 1.5), ("cheetah-dir", -1, 1, 0), ("ant-dir", -1, 1, 0)],
 )
 def test_goals_are_drawn_over_their_whole_range(task, low, high, mean):
-    settings = rl.settings_of(rl.build_parser().parse_args(["--task", task]))
-    goals = rl.Experiment(settings).goals(np.random.default_rng(0), 4000)
+    goals = rl.drawn_goals(task, np.random.default_rng(0), 4000)
     assert low <= goals.min() < low + 0.01 and high - 0.01 < goals.max() <= high
     assert abs(goals.mean() - mean) < 0.07
     assert task.endswith("vel") or set(goals) == {-1, 1}
 
 
-def test_navigations_goals_fill_the_square_and_the_authors_test_goals_are_theirs():
-    def goals(task, rng, count):
-        settings = rl.settings_of(rl.build_parser().parse_args(["--task", task]))
-        return rl.Experiment(settings).goals(rng, count)
-
-    drawn = goals("navigation", np.random.default_rng(0), 4000)
-    assert drawn.min(axis=0).max() < -0.49 and drawn.max(axis=0).min() > 0.49
-    quadrants = np.bincount((drawn > 0) @ [2, 1], minlength=4) / 4000
+def test_navigations_goals_fill_the_square():
+    goals = rl.drawn_goals("navigation", np.random.default_rng(0), 4000)
+    assert goals.min(axis=0).max() < -0.49 and goals.max(axis=0).min() > 0.49
+    quadrants = np.bincount((goals > 0) @ [2, 1], minlength=4) / 4000
     assert np.abs(quadrants - 0.25).max() < 0.03
-    for task, seed, top in (("cheetah-vel", 1, 2), ("ant-vel", 1, 3)):
-        expected = np.random.RandomState(seed).uniform(0, top, 7)  # noqa: NPY002
-        assert np.array_equal(goals(task, None, 7), expected)
-    expected = np.random.RandomState(2).uniform(0, 3, 7)  # noqa: NPY002
-    assert np.array_equal(goals("ant-dir", None, 7), np.where(expected < 1.5, -1, 1))
+
+
+@pytest.mark.parametrize(
+    "task, goals",
+    [
+        ("navigation", [[-0.082978, 0.220324], [-0.499886, -0.197667]]),
+        ("cheetah-vel", [0.834044, 1.440649, 0.000229]),
+        ("ant-vel", [1.251066, 2.160973, 0.000343]),
+        ("cheetah-dir", [-1, 1, -1, -1]),
+        ("ant-dir", [-1, -1, 1, -1]),
+    ],
+)
+def test_the_authors_test_goals(task, goals):
+    assert np.allclose(rl.test_goals(task, len(goals)), goals, atol=1e-6)
 
 
 def test_features_and_batches_are_as_the_authors_have_them():
@@ -2529,36 +2558,44 @@ def test_features_and_batches_are_as_the_authors_have_them():
 
 
 def test_the_line_search_keeps_to_the_limit_and_damping_counts():
-    b, identity = np.ones(2), lambda v: v  # noqa: E731
-    far = lambda x: (-1.0, float(x @ x))  # noqa: E731
+    def far(trial):
+        return -1.0, float(trial @ trial)
+
+    b, identity = np.ones(2), lambda v: v
     theta, j, divergence = rl.trust_region_step(np.zeros(2), 0.0, b, identity, far, 0.02, 5, 0.0, 0.5, 9)
     assert 0 < divergence <= 0.02 and j == 1
-    x, _ = rl.conjugate_gradient(lambda v: identity(v) + 3 * v, b, 5)
-    damped, *_ = rl.trust_region_step(np.zeros(2), 0.0, b, lambda v: 0 * v, far, 0.02, 5, 4.0, 0.5, 9)
-    assert np.isfinite(damped).all() and damped.any() and np.allclose(x, 0.25)
+    steps = [
+        rl.trust_region_step(np.zeros(2), 0.0, b, product, lambda _: (-1.0, 0.0), 0.02, 5, damping, 0.5, 9)[0]
+        for product, damping in ((lambda v: 4 * v, 0.0), (identity, 3.0))
+    ]
+    assert error(*steps) < 1e-12
 
 
-def test_the_first_step_is_whole_and_those_after_it_shrink(monkeypatch):
-    """alpha, then alpha times --eval-shrink; the oracle is not adapted; a score is after adaptation."""
-    settings = rl.settings_of(rl.build_parser().parse_args(["--task", "navigation"]))
-    rates = []
-    for method in ("maml", "oracle"):
-        experiment = rl.Experiment(settings | {"method": method})
-        monkeypatch.setattr(experiment, "sample", lambda goals, *_: (Fixed(len(goals)), None))
-        monkeypatch.setattr(experiment, "adapt", lambda theta, _, alpha: (rates.append(alpha) or theta, None))
-        assert len(experiment.curve(np.zeros(3), "test", 2, 1, 3, 0.5)) == (4 if method == "maml" else 1)
-    assert rates == [0.5, 0.25, 0.25]
-    experiment = rl.Experiment(settings)
-    monkeypatch.setattr(experiment, "curve", lambda *_: np.array([[-100.0], [-3.0], [-2.0], [-1.0]]))
-    assert experiment.score(np.zeros(3)) == -2
+@pytest.mark.parametrize(
+    "purpose, method", [("test", "maml"), ("validation", "maml"), ("test", "oracle"), ("test", "random")]
+)
+def test_a_curve_is_of_its_purposes_goals_at_its_rates(purpose, method):
+    """alpha, then alpha times --eval-shrink; the oracle is not adapted."""
+    which = "--method" if method == "maml" else "--baseline"
+    experiment = rl_experiment("navigation", which, method, "--horizon", 5)
+    rng, theta = experiment.stream(purpose), experiment.start().theta
+    goals = (
+        rl.drawn_goals("navigation", rng, 4) if purpose == "validation" else rl.test_goals("navigation", 4)
+    )
+    rates = [] if method == "oracle" else [0.5, 0.05, 0.05]
+    seeds = rng.integers(2**63, size=len(rates) + 1)
+    expected = rl.returns_along(experiment.settings, experiment.loss, theta, 2, rates, goals, seeds)
+    found = experiment.curve(theta, purpose, 4, 2, 3, 0.1)
+    assert found.shape == (len(rates) + 1, 4) and error(found, expected) < 1e-12
 
 
-class Fixed:
-    def __init__(self, count):
-        self.count = count
-
-    def returns(self):
-        return np.zeros(self.count)
+@pytest.mark.parametrize("method, score", [("maml", -2), ("oracle", -26.5)])
+def test_a_score_is_after_adaptation_where_there_is_some(monkeypatch, method, score):
+    asked = []
+    experiment = rl_experiment("navigation", "--method" if method == "maml" else "--baseline", method)
+    curve = np.array([[-100.0], [-3.0], [-2.0], [-1.0]])
+    monkeypatch.setattr(experiment, "curve", lambda _, purpose, *rest: asked.append(purpose) or curve)
+    assert experiment.score(None) == score and asked == ["validation"]
 
 
 @pytest.mark.parametrize(
