@@ -2374,6 +2374,32 @@ def test_adaptation_takes_turns_between_trajectories_and_steps_and_leaves_what_f
     assert batches[0][0][0].shape[1] < 300 == batches[1][0][0].shape[1]
 
 
+def test_a_meta_iteration_is_one_step_of_the_outer_problem_of_all_parcels():
+    words = ["--horizon", 8, "--meta-batch", 12, "--trajectories", 5, "--steps", 2]
+    experiment = rl_experiment("navigation", *words)
+    settings, loss, theta = experiment.settings, experiment.loss, experiment.start().theta
+    found, reported = experiment.meta_iteration(theta, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    goals, seeds = rl.drawn_goals("navigation", rng, 12), rng.integers(2**63, size=(3, 2))
+    parcels = (goals[:10], seeds[:, 0]), (goals[10:], seeds[:, 1])
+    parts = [rl.experience(settings, loss, theta, 5, [0.5, 0.5], *parcel) for parcel in parcels]
+    returns = np.concatenate([returns for returns, _ in parts], axis=1).mean(axis=1)
+    batches = [*parts[0][1], *parts[1][1]]
+    taken = sum(len(x[0]) for batch in batches for x, _ in batch)
+    problem = rl.outer_problem(loss, 0.5, 2, theta, batches)
+    expected, tries, kl = rl.trust_region_step(theta, *problem, 0.01, 10, 1e-5, 0.8, 15)
+    assert error(found, expected) < 1e-12 < error(found, theta)
+    assert np.allclose(reported, [returns[0], returns[-1], kl, tries, taken]) and taken <= 12 * 5 * 3 * 8
+
+
+def test_the_surrogates_kl_is_from_the_old_policy():
+    p = Policies(0, steps=0)
+    new, (x, y) = p.theta + p.direction(p.theta.shape), p.batches[0]
+    old, after = p.policy.apply(p.theta, x), p.policy.apply(new, x)
+    divergence = rl.surrogate(p.policy, p.loss, 0.1, new, [], (x, y), old)[1]
+    assert error(divergence, rl.kl(old, after).mean(axis=1)) < 1e-12
+
+
 def gymnasium_alone(environment, actions):
     """The states [H, nq + nv] of gymnasium's environment from the same start, stepped alone."""
     gymnasium = pytest.importorskip("gymnasium", reason='needs "gymnasium[mujoco]"')
@@ -2545,6 +2571,7 @@ def test_features_and_batches_are_as_the_authors_have_them():
     o = np.zeros((1, 1, 3, 2))
     phi = rl.features(o)
     assert np.allclose(phi[0, 0, 2, 4:], [0.02, 0.0004, 0.000008, 1])
+    assert rl.features(o - 20)[0, 0, 0, :4].tolist() == [-10, -10, 100, 100]
     rng = np.random.default_rng(0)
     episodes = rl.Episodes(
         rng.normal(size=(1, 4, 9, 2)),
