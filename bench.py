@@ -383,9 +383,7 @@ def by_torch(experiment, theta, support, query, old):
 
 def by_recursion(experiment, theta, support, query, old):
     """The gradient and the product of `rl.Experiment.meta_iteration`, of all tasks at once."""
-    adapted, hvp = rl.inner_step(experiment.loss, experiment.alpha, theta, *support[1])
-    _, gradient, product = rl.expand_outer(experiment.loss, experiment.alpha, 2, adapted, [hvp], *query[1])
-    return gradient / len(old), lambda v: product(v) / len(old), None
+    return rl.outer_problem(experiment.loss, experiment.alpha, 2, theta, [[support[1], query[1]]])[1:]
 
 
 def reinforcement():
@@ -395,7 +393,7 @@ def reinforcement():
         experiment = rl_experiment("navigation", "--meta-batch", "20", "--hidden", str(hidden))
         policy, count, trajectories = experiment.policy, 20, 20
         rng = np.random.default_rng(0)
-        theta, goals = policy.init(rng), experiment.goals(rng, count)
+        theta, goals = policy.init(rng), rl.drawn_goals("navigation", rng, count)
         theta += rng.normal(0, 0.1, theta.shape).astype(np.float32)  # at the origin all units are at the kink
         each = theta + np.zeros((count, 1), np.float32)
 
@@ -504,15 +502,14 @@ def scaling():
         both = partial(maml.pool_map, pool, 2)
         for task in ("cheetah-dir", "ant-dir") if optional("mujoco") and optional("gymnasium") else ():
             experiment = rl_experiment(task)
-            theta, goals = experiment.start().theta, experiment.goals(None, 40)
+            theta, goals = experiment.start().theta, rl.test_goals(task, 40)
 
             def sample(map):
-                experiment.map = map
                 rng = np.random.default_rng(0)
-                return experiment.sample(goals, 20, [theta[None]] * 40, rng)[0].observations
+                return np.concatenate(experiment.spread(rl.returns_along, theta, 20, [], goals, rng, map))
 
             compute[task] = speed_up(f"{task}, sampling, processes", sample, both) / 40
-            one = rl.sampled(experiment.settings, experiment.policy, 20, goals[:1], theta[None], 0)
+            one = rl.experience(experiment.settings, experiment.loss, theta, 20, [0.1], goals[:1], [0, 1])
             traffic[task] = 4 * theta.size + len(pickle.dumps(one))
     with maml.process_pool(1) as pool:
         alone = partial(maml.pool_map, pool, 1)
