@@ -1184,6 +1184,7 @@ def meta_train(experiment, state, best, rng, args, module):
             run = train(experiment.step, state, rng, iterations, experiment.map)
             for state, outcome in run:
                 i, last = state.iteration, state.iteration == iterations
+                stopping = interrupt.asked and not last  # read once: it may change at any line below
                 due = i % experiment.log_every == 0
                 if due or last:
                     row, progress.text, score = experiment.measure(state, outcome)
@@ -1197,10 +1198,10 @@ def meta_train(experiment, state, best, rng, args, module):
                         best = final if due else best
                         if save:
                             save_weights(best_of(save), settings, final.theta, i)
-                if save and (i % experiment.save_every == 0 or last or interrupt.asked):
+                if save and (i % experiment.save_every == 0 or last or stopping):
                     save_checkpoint(save, settings, state, best, rng)
                 progress.show(i, last, outcome)
-                if interrupt.asked and not last:
+                if stopping:
                     hint = f"saved; go on with --resume {save}" if save else "nothing was saved (no --save)"
                     progress.say(f"{module.__name__}.py: interrupted at iteration {i}: {hint}")
                     return None

@@ -1486,6 +1486,22 @@ def test_a_log_goes_on_after_the_checkpoint_it_resumes(folder, monkeypatch):
     assert pathlib.Path("a.csv").read_text() == pathlib.Path("whole.csv").read_text()
 
 
+def test_ctrl_c_after_the_checkpoint_of_an_iteration_is_due_is_saved_with_the_next(
+    folder, monkeypatch, capsys
+):
+    show = maml.Progress.show
+
+    def interrupting(progress, iteration, *rest):
+        show(progress, iteration, *rest)
+        if iteration == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(maml.Progress, "show", interrupting)
+    assert command(*QUICK, "--save", "a.npz") == 130
+    assert "interrupted at iteration 8: saved" in capsys.readouterr().err
+    assert int(arrays("a.npz")["iteration"]) == 8
+
+
 def test_ctrl_c_saves_says_how_to_resume_and_exits_130(folder, capsys):
     process = subprocess.Popen(
         [sys.executable, HERE / "maml.py", "--task", "sinusoid", "--save", "a.npz"],
