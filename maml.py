@@ -338,13 +338,10 @@ def evaluate(loss, theta, sample, rng, tasks, alpha, steps, metric=None, parcel=
 
 def curve(loss, theta, support, query, alpha, steps, metric):
     """`evaluate` on given tasks: -> [steps + 1, T]."""
-    alpha = _checked(theta, support, alpha, steps)
-    theta = _per_task(theta, support[0])
-    rows = [metric(theta, *query)]
+    thetas = [adapt(loss, theta, support, alpha, 0)]
     for _ in range(steps):
-        theta = theta - alpha * gradient(loss, theta, *support)
-        rows.append(metric(theta, *query))
-    return np.stack(rows)
+        thetas.append(adapt(loss, thetas[-1], support, alpha, 1))
+    return np.stack([metric(theta, *query) for theta in thetas])
 
 
 def summarize(values, threshold=np.inf, worst=np.inf):
@@ -358,13 +355,7 @@ def summarize(values, threshold=np.inf, worst=np.inf):
     values = np.where(finite, values, worst).astype(float)
     mean = values.mean()
     ci95 = 1.96 * values.std() / len(values) ** 0.5 if np.isfinite(mean) else np.inf
-    return {
-        "mean": mean,
-        "ci95": ci95,
-        "median": np.median(values),
-        "diverged": diverged,
-        "tasks": len(values),
-    }
+    return dict(mean=mean, ci95=ci95, median=np.median(values), diverged=diverged, tasks=len(values))
 
 
 # The settings ----------------------------------------------------------------------------------
@@ -425,16 +416,12 @@ class Setting(NamedTuple):
         return "--" + self.name.replace("_", "-")
 
     def shown(self):
-        """The defaults as --help has them: the most common one, then those of other tasks."""
-        tasks = {}
-        for task, value in self.defaults.items():
-            if value is not None:
-                tasks.setdefault(" ".join(map(str, value)) if isinstance(value, tuple) else value, []).append(
-                    task
-                )
-        common = max(tasks, key=lambda value: len(tasks[value]))
-        others = [f"{', '.join(names)} {value}" for value, names in tasks.items() if value != common]
-        return "; ".join([str(common), *others])
+        """The default as --help has it, or each task's where they differ."""
+        texts = {task: " ".join(map(str, np.atleast_1d(value))) for task, value in self.defaults.items()}
+        texts = {task: text for task, text in texts.items() if text != "None"}
+        if len(set(texts.values())) == 1:
+            return next(iter(texts.values()))
+        return ", ".join(f"{task} {text}" for task, text in texts.items())
 
 
 def table_of(tasks, *rows):
@@ -495,20 +482,18 @@ def settings_of(args):
 
 def build_parser():
     """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
-    parser, which = start_parser(
-        "maml.py", "Model-Agnostic Meta-Learning", METHODS, BASELINES, SETTINGS + EVALUATION
+    parser = parser_of(
+        "maml.py",
+        "Model-Agnostic Meta-Learning",
+        METHODS,
+        BASELINES,
+        {"dest": "method", "const": "fomaml", "help": "--method fomaml"},
+        SETTINGS + EVALUATION,
+        "compute the parcels of an image meta-batch (default: a thread for each core)",
+        Experiment,
     )
-    which.add_argument(
-        "--first-order", dest="method", action="store_const", const="fomaml", help="--method fomaml"
-    )
-    parser.add_argument(
-        "--data",
-        metavar="FOLDER",
-        help="of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)",
-    )
-    add_common_flags(
-        parser, "compute the parcels of an image meta-batch (default: a thread for each core)", Experiment
-    )
+    what = "of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)"
+    parser.add_argument("--data", metavar="FOLDER", help=what)
     return parser
 
 
@@ -543,29 +528,6 @@ def evaluation_of(rows, settings, args):
     return settled(rows, settings["task"], args, {}, settings)
 
 
-def start_parser(prog, what, methods, baselines, rows):
-    """A parser of --task, --method, --baseline and a table's flags, and the group of the methods."""
-    parser = Parser(
-        prog=prog, allow_abbrev=False, description=f"{what}: meta-trains, then evaluates on unseen tasks."
-    )
-    parser.add_argument(
-        "--task", type=partial(task_name, prog), choices=COMMANDS[prog], help="the task distribution p(T)"
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--method", choices=methods, help="what is learned, and how (default: maml)")
-    which.add_argument(
-        "--baseline", choices=baselines, help="in place of a method: what the paper compares with"
-    )
-    for row in rows:
-        kind = {"type": row.kind, "metavar": "N" if row.kind in (count, several, whole) else "X"}
-        if isinstance(row.kind, tuple):
-            kind = {"type": type(row.kind[0]), "choices": row.kind}
-        if any(isinstance(value, tuple) for value in row.defaults.values()):
-            kind["nargs"] = "+"
-        parser.add_argument(row.flag, help=f"{row.meaning} (default: {row.shown()})", **kind)
-    return parser, which
-
-
 def task_name(prog, text):
     """A flag's value as the name of a task, where it is not the other command's."""
     for other, known in COMMANDS.items():
@@ -574,38 +536,42 @@ def task_name(prog, text):
     return text
 
 
-def add_common_flags(parser, spread, experiment):
-    """The flags that have nothing to do with the task; `spread` says what workers do."""
-    who = parser.add_mutually_exclusive_group()
-    who.add_argument("--workers", type=count, metavar="N", help=f"processes that {spread}")
-    who.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="Dask scheduler whose workers do, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])",
+def parser_of(prog, what, methods, baselines, first_order, rows, workers, experiment):
+    """The flags of a command: a table's rows, and what has nothing to do with the task."""
+    parser = Parser(
+        prog=prog, allow_abbrev=False, description=f"{what}: meta-trains, then evaluates on unseen tasks."
     )
-    often, rows = f"every {experiment.save_every} meta-iterations", ", ".join(experiment.columns)
-    for flag, kind, text in (
-        ("--save", "npz", f"checkpoint, {often}, on Ctrl-C and at the end"),
-        (
-            "--resume",
-            "npz",
-            "go on from this checkpoint, to the bits of an unbroken run; saves to it, or to --save",
-        ),
-        ("--log", "csv", f"learning curve, every {experiment.log_every} meta-iterations: {rows}"),
-        ("--results", "csv", "the final table"),
-        (
-            "--plot",
-            "png",
-            "picture of some test tasks, and the curve against gradient steps (needs matplotlib)",
-        ),
-    ):
-        parser.add_argument(flag, metavar=f"FILE.{kind}", help=text)
-    parser.add_argument(
-        "--evaluate",
-        metavar="FILE.npz",
-        nargs="+",
-        help="train nothing, evaluate these checkpoints; --alpha may be given to fine-tune at another rate",
-    )
+    kind = partial(task_name, prog)
+    parser.add_argument("--task", type=kind, choices=COMMANDS[prog], help="the task distribution p(T)")
+    which, who = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    which.add_argument("--method", choices=methods, help="what is learned, and how (default: maml)")
+    text = "in place of a method: what the paper compares with"
+    which.add_argument("--baseline", choices=baselines, help=text)
+    which.add_argument("--first-order", action="store_const", **first_order)
+    for row in rows:
+        kind = {"type": row.kind, "metavar": "N" if row.kind in (count, several, whole) else "X"}
+        if isinstance(row.kind, tuple):
+            kind = {"type": type(row.kind[0]), "choices": row.kind}
+        if any(isinstance(value, tuple) for value in row.defaults.values()):
+            kind["nargs"] = "+"
+        parser.add_argument(row.flag, help=f"{row.meaning} (default: {row.shown()})", **kind)
+    who.add_argument("--workers", type=count, metavar="N", help=f"processes that {workers}")
+    text = "Dask scheduler whose workers do, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])"
+    who.add_argument("--scheduler", metavar="ADDRESS", help=text)
+    saved, logged = experiment.save_every, experiment.log_every
+    files = {
+        "save": f"checkpoint, every {saved} meta-iterations, on Ctrl-C and at the end",
+        "resume": "go on from this checkpoint, to the bits of an unbroken run; saves to it, or to --save",
+        "log": f"learning curve, every {logged} meta-iterations: {', '.join(experiment.columns)}",
+        "results": "the final table",
+        "plot": "picture of some test tasks, and the curve against gradient steps (needs matplotlib)",
+    }
+    kinds = {"log": "csv", "results": "csv", "plot": "png"}
+    for flag, text in files.items():
+        parser.add_argument(f"--{flag}", metavar=f"FILE.{kinds.get(flag, 'npz')}", help=text)
+    text = "train nothing, evaluate these checkpoints; --alpha may be given to fine-tune at another rate"
+    parser.add_argument("--evaluate", metavar="FILE.npz", nargs="+", help=text)
+    return parser
 
 
 # The experiments -------------------------------------------------------------------------------

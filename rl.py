@@ -711,15 +711,16 @@ experiment_of = Experiment
 
 def build_parser():
     """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
-    what = "MAML with TRPO for reinforcement learning"
-    parser, which = maml.start_parser("rl.py", what, ("maml",), tuple(ALPHA), SETTINGS + EVALUATION)
-    which.add_argument(
-        "--first-order", dest="order", action="store_const", const=1, help="--method maml --order 1"
+    return maml.parser_of(
+        "rl.py",
+        "MAML with TRPO for reinforcement learning",
+        ("maml",),
+        tuple(ALPHA),
+        {"dest": "order", "const": 1, "help": "--method maml --order 1"},
+        SETTINGS + EVALUATION,
+        "sample the trajectories (default: one for each core; navigation, none)",
+        Experiment,
     )
-    maml.add_common_flags(
-        parser, "sample the trajectories (default: one for each core; navigation, none)", Experiment
-    )
-    return parser
 
 
 def settings_of(args):
