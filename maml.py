@@ -867,85 +867,73 @@ class Best(NamedTuple):
     iteration: int
 
 
-def write_file(path, data):
-    """Bytes as the file of that name, by a link or not, as `tasks.replacing` says."""
-    with tasks.replacing(os.path.realpath(path)) as file:
-        file.write(data)
+def writing(path):
+    """A binary file to write, which becomes `path`, by a link or not, as `tasks.replacing` says."""
+    return tasks.replacing(os.path.realpath(path))
 
 
-def write_rows(path, rows):
-    """Dictionaries as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, text.getvalue().encode())
-
-
-def drawn(canvas, suffix):
-    """A matplotlib figure as the bytes of a file with that ending."""
-    picture = io.BytesIO()
-    canvas.savefig(picture, format=suffix, dpi=110)
-    return picture.getvalue()
+def lines_of(rows):
+    """Rows of numbers and plain words as bytes of CSV."""
+    return "".join(",".join(map(str, row)) + "\n" for row in rows).encode()
 
 
 def check_outputs(args, columns):
     """Unusable where the run could not write a file, or would replace one that is not its own."""
-    ours = {"log": ",".join(["iteration", *columns]), "results": "task,method,"}
-    paths = {flag: getattr(args, flag) for flag in ("save", "resume", "log", "results", "plot")}
-    paths = {flag: path for flag, path in paths.items() if path}
-    paths.setdefault("save", paths.pop("resume", None))
-    if paths["save"] is None:
-        del paths["save"]
-    elif paths["save"] != args.resume and os.path.isfile(paths["save"]):
-        path = paths["save"]
-        raise Unusable(f"--save {path}: there is a file; go on from it with --resume {path}, or remove it")
+    heads = {"log": ",".join(["iteration", *columns]), "results": "task,method,"}
+    files = [(flag, getattr(args, flag)) for flag in ("save", "log", "results", "plot")]
+    read = [("resume", args.resume), *(("evaluate", path) for path in args.evaluate or ())]
+    if args.save in (None, args.resume):
+        files[0] = read.pop(0)
+    elif os.path.isfile(args.save):
+        hint = f"go on from it with --resume {args.save}, or remove it"
+        raise Unusable(f"--save {args.save}: there is a file; {hint}")
     names = {}
-    for flag, path in [*paths.items(), *(("evaluate", path) for path in args.evaluate or ())]:
-        other = names.setdefault(os.path.realpath(path), flag)
-        if other != flag:
-            raise Unusable(f"--{other} and --{flag} are both {path}; name two files")
-    for flag, path in paths.items():
-        check_writable(f"--{flag}", path, ours.get(flag))
+    for flag, path in files + read:
+        if path and names.setdefault(os.path.realpath(path), flag) != flag:
+            raise Unusable(f"--{names[os.path.realpath(path)]} and --{flag} are both {path}; name two files")
+    for flag, path in files:
+        if path:
+            check_writable(f"--{flag}", path, heads.get(flag))
 
 
-def check_writable(flag, path, begins=None):
-    """Unusable unless a file can be made at `path`, where there is none or one of ours, which `begins` so."""
+def check_writable(flag, path, head=None):
+    """Unusable unless a file can be made at `path`, where there is none or one of ours, begun by `head`."""
     try:
         if os.path.isdir(path):
             raise IsADirectoryError(21, "is a folder")
         if os.path.exists(path) and not os.path.isfile(path):
             raise FileExistsError(17, "is no regular file")
-        if begins and os.path.exists(path):
+        if head and os.path.exists(path):
             with open(path, errors="replace") as file:
-                if not file.readline(999).startswith(begins):
+                if not file.readline(999).startswith(head):
                     raise Unusable(f"{flag} {path}: not the file of this run; name another, or remove it")
         with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):  # root may write anywhere
             pass
     except OSError as error:
-        raise Unusable(
-            f"{flag} {path}: cannot write there ({error.strerror}); name a file in a writable folder"
-        )
+        hint = "name a file in a writable folder"
+        raise Unusable(f"{flag} {path}: cannot write there ({error.strerror}); {hint}")
 
 
 def save_checkpoint(path, settings, state, best, rng):
     """An .npz of `state`, `best`, the generator's state and the settings, the last two as JSON text."""
     texts = {"settings": json.dumps(settings), "rng": json.dumps(rng.bit_generator.state)}
-    arrays = {f"best_{name}": value for name, value in best._asdict().items()}
-    buffer = io.BytesIO()
-    np.savez(buffer, **state._asdict(), **arrays, **texts)
-    write_file(path, buffer.getvalue())
+    with writing(path) as file:
+        np.savez(file, **arrays_of(state, best), **texts)
 
 
 def save_weights(path, settings, theta, iteration):
     """What evaluation needs of a checkpoint, as an .npz: nothing to go on from."""
-    buffer = io.BytesIO()
-    np.savez(buffer, theta=theta, iteration=iteration, settings=json.dumps(settings))
-    write_file(path, buffer.getvalue())
+    with writing(path) as file:
+        np.savez(file, theta=theta, iteration=iteration, settings=json.dumps(settings))
+
+
+def arrays_of(state, best):
+    """{name: value} of what a checkpoint holds of them."""
+    return state._asdict() | {f"best_{name}": value for name, value in best._asdict().items()}
 
 
 def load_checkpoint(path, module):
-    """-> settings, State, Best, Generator; the last three None of a file of weights, but for State's theta.
+    """-> settings, State, Best, Generator; the last two None of a file of weights, and State's moments.
 
     Nothing is unpickled. Unusable where it is no whole checkpoint of the command that `module` is.
     """
@@ -970,29 +958,24 @@ def load_checkpoint(path, module):
 
 def unpacked(arrays, start):
     """A checkpoint's arrays -> State, Best, Generator, which must be shaped as `start` is."""
-    rng = None
-    if "rng" in arrays:
-        rng = np.random.default_rng(0)
-        rng.bit_generator.state = json.loads(str(arrays.pop("rng")))
-    else:
-        start = start._replace(moments=None)
-    best = Best(0.0, start.theta, 0) if rng else None
-    expected = start._asdict() | {
-        f"best_{name}": value for name, value in (best._asdict() if best else {}).items()
-    }
-    expected = {name: np.asarray(value) for name, value in expected.items() if value is not None}
-    for name in expected.keys() | arrays.keys():
-        found, wanted = arrays.get(name), expected.get(name)
-        if found is None or wanted is None:
-            raise ValueError(f"{name} is {'missing' if found is None else 'not of this run'}")
+    rng, expected = arrays.pop("rng", None), arrays_of(start, Best(0.0, start.theta, 0))
+    if rng is None:
+        expected = {name: expected[name] for name in ("theta", "iteration")}
+    if arrays.keys() != expected.keys():
+        raise ValueError(f"it holds {', '.join(arrays)}, where {', '.join(expected)} are expected")
+    for name, wanted in expected.items():
+        found, wanted = arrays[name], np.asarray(wanted)
         if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(f"{name} is {found.dtype} {found.shape}; expected {wanted.dtype} {wanted.shape}")
     if arrays["iteration"] < 0:
         raise ValueError(f"its iteration is {arrays['iteration']}")
     state = State(arrays["theta"], arrays.get("moments"), int(arrays["iteration"]))
-    if best:
-        best = Best(float(arrays["best_score"]), arrays["best_theta"], int(arrays["best_iteration"]))
-    return state, best, rng
+    if rng is None:
+        return state, None, None
+    generator = np.random.default_rng(0)
+    generator.bit_generator.state = json.loads(str(rng))
+    best = float(arrays["best_score"]), arrays["best_theta"], int(arrays["best_iteration"])
+    return state, Best(*best), generator
 
 
 def words_of(settings):
@@ -1015,11 +998,12 @@ class Log:
                 lines = [line.split(",") for line in file.read().splitlines()]
             rows = [row for row in lines if len(row) == len(head) and row[0].isdigit()]
             rows = [row for row in rows if int(row[0]) <= iteration and int(row[0]) % every == 0]
-        write_file(path, "".join(",".join(row) + "\n" for row in [head, *rows]).encode())
+        with writing(path) as file:
+            file.write(lines_of([head, *rows]))
         self.file = open(path, "ab", buffering=0)
 
     def write(self, *row):
-        self.file.write((",".join(map(str, row)) + "\n").encode())
+        self.file.write(lines_of([row]))
 
 
 # A run -----------------------------------------------------------------------------------------
@@ -1042,60 +1026,48 @@ def main(argv=None, module=None):
     one_blas_thread()
     try:
         with np.errstate(all="ignore"):
-            return run(module.build_parser().parse_args(argv), module)
+            run(module.build_parser().parse_args(argv), module)
+        return 0
     except Unusable as error:
-        tell(f"{name}: {error}")
-        return 2
+        code, text = 2, error
     except (FloatingPointError, OSError) as error:
-        tell(f"{name}: {error}")
-        return 1
+        code, text = 1, error
     except BrokenExecutor:
-        tell(f"{name}: a worker was lost; --resume goes on from the last checkpoint")
-        return 1
-    except KeyboardInterrupt:
-        tell(f"{name}: interrupted")
-        return 130
+        code, text = 1, "a worker was lost; --resume goes on from the last checkpoint"
+    except KeyboardInterrupt as error:
+        code, text = 130, str(error) or "interrupted"
+    tell(f"{name}: {text}")
+    return code
 
 
 def run(args, module):
-    """Trains, or loads what was trained, and reports: -> exit code. What can be wrong is found out first."""
-    prepared = [evaluated(path, args, module) for path in args.evaluate or ()] or [started(args, module)]
-    experiments = [experiment for experiment, *_ in prepared]
+    """Trains, or loads what was trained, and reports. What can be wrong is found out first."""
+    runs = [evaluated(path, args, module) for path in args.evaluate or ()] or [started(args, module)]
+    experiments = [experiment for experiment, *_ in runs]
     check_outputs(args, experiments[0].columns)
     module.check_plot(args, experiments)
     for experiment in experiments:
         if (args.workers or args.scheduler) and not experiment.spreads:
-            raise Unusable(
-                f"{experiment.settings['task']} has nothing to spread; leave out --workers, --scheduler"
-            )
-        experiment.open(
-            getattr(args, "data", None), evaluation_of(module.EVALUATION, experiment.settings, args)
-        )
+            task = experiment.settings["task"]
+            raise Unusable(f"{task} has nothing to spread; leave out --workers, --scheduler")
+        asked = evaluation_of(module.EVALUATION, experiment.settings, args)
+        experiment.open(getattr(args, "data", None), asked)
     with workers_of(args, module) as map:
         for experiment in experiments:
             experiment.map = map or experiment.map
-        if args.evaluate:
-            models = prepared
-        else:
-            learned = meta_train(*prepared[0], args, module)
-            if learned is None:
-                return 130
-            models = [(experiments[0], learned)]
+        models = runs if args.evaluate else [(experiments[0], meta_train(*runs[0], args, module))]
         try:
             module.report(models, args)
         except KeyboardInterrupt:
-            tell(f"\n{module.__name__}.py: interrupted while evaluating: no table; --evaluate makes it again")
-            return 130
-    return 0
+            raise KeyboardInterrupt("interrupted while evaluating: no table; --evaluate makes it again")
 
 
 def evaluated(path, args, module):
     """A checkpoint to evaluate -> its experiment, and what was learned."""
     for flag in ("resume", "save", "log", "iterations"):
         if getattr(args, flag):
-            raise Unusable(
-                f"--evaluate trains nothing, so --{flag} does not go with it; leave one of them out"
-            )
+            hint = "leave one of them out"
+            raise Unusable(f"--evaluate trains nothing, so --{flag} does not go with it; {hint}")
     settings, state, *_ = load_checkpoint(path, module)
     check_agreement(args, settings, path, free=() if settings["method"] == "meta-sgd" else ("alpha",))
     settings["alpha"] = settings["alpha"] if args.alpha is None else args.alpha
@@ -1123,34 +1095,32 @@ def check_agreement(args, settings, path, free):
     """Unusable where a flag contradicts the checkpoint, but for those in `free`."""
     for key, kept in settings.items():
         given = (args.method or args.baseline) if key == "method" else getattr(args, key)
-        if given is not None and given != kept and key not in free:
+        if given not in (None, kept) and key not in free:
             flag = key.replace("_", "-")
-            hint = (
-                f"give --eval-{flag}"
-                if hasattr(args, f"eval_{key}") and args.evaluate
-                else "leave the flag out"
-            )
+            again = args.evaluate and hasattr(args, f"eval_{key}")
+            hint = f"give --eval-{flag}" if again else "leave the flag out"
             raise Unusable(f"{path} was trained with {flag} {kept}, not {given}; {hint}")
 
 
 def meta_train(experiment, state, best, rng, args, module):
-    """`train` with checkpoints, learning curve, progress and Ctrl-C: -> what was learned, or None if stopped.
+    """`train` with checkpoints, learning curve, progress and Ctrl-C: -> what was learned.
 
     Where validation selects, that is what was best on it, kept beside --save in FILE.best.npz. What is
     measured at an end that is not due counts for this end alone, so that a resumed run is the unbroken one.
+    KeyboardInterrupt, FloatingPointError: what is kept, and how to go on.
     """
     settings, save, final = experiment.settings, args.save or args.resume, best
     iterations = iterations_of(settings)
     log = args.log and Log(args.log, experiment.columns, state.iteration, experiment.log_every)
     with (
-        Interrupt(module) as interrupt,
+        interruptible(module) as asked,
         Progress(state.iteration, iterations, experiment.watched) as progress,
     ):
         try:
             run = train(experiment.step, state, rng, iterations, experiment.map)
             for state, outcome in run:
                 i, last = state.iteration, state.iteration == iterations
-                stopping = interrupt.asked and not last  # read once: it may change at any line below
+                stopping = asked.is_set() and not last  # read once: it may change at any line below
                 due = i % experiment.log_every == 0
                 if due or last:
                     row, progress.text, score = experiment.measure(state, outcome)
@@ -1169,8 +1139,7 @@ def meta_train(experiment, state, best, rng, args, module):
                 progress.show(i, last, outcome)
                 if stopping:
                     hint = f"saved; go on with --resume {save}" if save else "nothing was saved (no --save)"
-                    progress.say(f"{module.__name__}.py: interrupted at iteration {i}: {hint}")
-                    return None
+                    raise KeyboardInterrupt(f"interrupted at iteration {i}: {hint}")
         except FloatingPointError as error:
             kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
             raise FloatingPointError(f"{error}: lower {module.LOWER}{kept}") from None
@@ -1195,57 +1164,47 @@ def iterations_of(settings):
     return 0 if settings["method"] in UNTRAINED else settings["iterations"]
 
 
-class Interrupt:
-    """Ctrl-C as a flag, `asked`; the second one interrupts as ever."""
+@contextmanager
+def interruptible(module):
+    """An event that Ctrl-C sets; the second one interrupts as ever."""
+    asked = threading.Event()
 
-    def __init__(self, module):
-        self.name = f"{module.__name__}.py"
-
-    def __enter__(self):
-        self.asked = False
-        self.previous = signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def ask(self, *_):
-        self.asked = True
+    def ask(*_):
+        asked.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        tell(f"\n{self.name}: stops after this meta-iteration; Ctrl-C again stops it now")
+        tell(f"\n{module.__name__}.py: stops after this meta-iteration; Ctrl-C again stops it now")
 
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.previous)
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class Progress:
     """One updating line on a terminal's stderr; elsewhere a plain line every ten seconds."""
 
-    def __init__(self, iteration, iterations, watched):
-        self.first, self.iterations, self.watched = iteration, iterations, watched
+    def __init__(self, done, of, watched, unit="iteration"):
+        self.first, self.of, self.watched, self.unit = done, of, watched, unit
         self.text, self.shown, self.smooth = "", None, None
-        self.terminal = sys.stderr.isatty()
+        self.terminal, self.began = sys.stderr.isatty(), time.monotonic()
 
     def __enter__(self):
-        self.began = time.monotonic()
         return self
 
-    def show(self, iteration, last, outcome):
+    def show(self, done, last, outcome):
         """`outcome`, or its second number, is shown smoothed over some fifty meta-iterations."""
         value, now = np.ravel(outcome)[:2][-1], time.monotonic()
         self.smooth = value if self.smooth is None else self.smooth + (value - self.smooth) / 50
         if not last and now - (self.shown or self.began) < (0.2 if self.terminal else 10):
             return
         self.shown = now
-        speed = (iteration - self.first) / max(now - self.began, 1e-9)
-        pace = f"{speed:.4g} iterations/s" if speed > 1 else f"{1 / speed:.3g} s/iteration"
-        left = datetime.timedelta(seconds=round((self.iterations - iteration) / speed))
-        line = f"{iteration}/{self.iterations}  {self.watched} {self.smooth:.3f}  {self.text}  {pace}"
-        line += f"  {left} left"
-        ends = ("\r", "\033[K", "") if self.terminal else ("", "", "\n")
-        tell(f"{ends[0]}{line}{ends[1]}", end=ends[2])
-
-    def say(self, line):
-        """Another line, below the updating one."""
-        tell("\n" * (self.terminal and self.shown is not None) + line)
-        self.shown = None
+        speed = (done - self.first) / max(now - self.began, 1e-9)
+        pace = f"{speed:.4g} {self.unit}s/s" if speed > 1 else f"{1 / speed:.3g} s/{self.unit}"
+        left = datetime.timedelta(seconds=round((self.of - done) / speed))
+        line = f"{done}/{self.of}  {self.watched} {self.smooth:.3f}  {self.text}  {pace}  {left} left"
+        before, after, end = ("\r", "\033[K", "") if self.terminal else ("", "", "\n")
+        tell(f"{before}{line}{after}", end=end)
 
     def __exit__(self, *_):
         if self.terminal and self.shown is not None:
@@ -1274,6 +1233,15 @@ def workers_of(args, module):
             yield partial(_dask_map, client)
     else:
         yield None
+
+
+def counting(map, watched, function, *columns):
+    """`map`, which shows how many of its results are there, and the mean of their last row."""
+    columns = [list(column) for column in columns]
+    with Progress(0, len(columns[0]), watched, "parcel") as progress:
+        for done, result in enumerate(map(function, *columns), 1):
+            progress.show(done, done == len(columns[0]), np.mean(result[-1]))
+            yield result
 
 
 def process_pool(workers):
@@ -1340,25 +1308,26 @@ def report(models, args):
     rows, curves, tables = [], [], []
     for (experiment, learned), name in zip(models, names_of(models, args)):
         s, asked = experiment.settings, evaluation_of(EVALUATION, experiment.settings, args)
+        experiment.map = partial(counting, experiment.map, experiment.metric_name)
         measured = []
         for shots in np.atleast_1d(asked["eval_shots"]).tolist():
             tell(f"evaluating {name} on {asked['eval_tasks']} tasks at K = {shots}")
             values = experiment.curve(learned, "test", asked["eval_tasks"], shots, asked["eval_steps"])
-            measured.append((shots, [summarize(v, experiment.threshold, experiment.worst) for v in values]))
+            summaries = [summarize(v, experiment.threshold, experiment.worst) for v in values]
+            measured.append((shots, summaries))
             label = {"task": s["task"], "method": s["method"], "shots": shots}
-            rows += [
-                label | {"step": i, "metric": experiment.metric_name} | row
-                for i, row in enumerate(measured[-1][1])
-            ]
+            for step, summary in enumerate(summaries):
+                rows.append(label | {"step": step, "metric": experiment.metric_name} | summary)
         tables.append(table(experiment, asked, measured, name))
         curves += [(f"{name}, K = {shots}", summaries) for shots, summaries in measured]
     if args.results:
-        write_rows(args.results, rows)
+        with writing(args.results) as file:
+            file.write(lines_of([rows[0], *(row.values() for row in rows)]))
     for text in tables:
         tell(text, to="stdout")
     if args.plot:
         draw = {"sinusoids": plot_sinusoids, "images": plot_images}[models[0][0].picture]
-        write_file(args.plot, drawn(draw(models, curves, args.log), os.path.splitext(args.plot)[1][1:]))
+        save_picture(args.plot, draw(models, curves, args.log))
 
 
 def names_of(models, args):
@@ -1415,11 +1384,17 @@ def check_plot(args, experiments):
             f"--plot {args.plot}: unknown kind of picture; end the name in one of {', '.join(sorted(known))}"
         )
     try:
-        drawn(canvas_of(1, 1), suffix)
+        canvas_of(1, 1).savefig(io.BytesIO(), format=suffix)
     except Exception as error:  # whatever that format's library says
         raise Unusable(f"--plot {args.plot}: cannot be drawn ({tasks.one_line(error)}); end the name in png")
     if len({experiment.picture for experiment in experiments}) > 1:
         raise Unusable("--plot draws checkpoints of one kind of task; leave the others out of --evaluate")
+
+
+def save_picture(path, canvas):
+    """A matplotlib figure as a file, of the kind that its name ends in."""
+    with writing(path) as file:
+        canvas.savefig(file, format=os.path.splitext(path)[1][1:], dpi=110)
 
 
 def canvas_of(width, height):

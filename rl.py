@@ -760,11 +760,12 @@ def report(models, args):
             row = {"step": step, "metric": "return", "mean": mean[step], "stderr": stderr[step]}
             rows.append(label | row | {"median": median[step], "diverged": bad, "tasks": len(values)})
     if args.results:
-        maml.write_rows(args.results, rows)
+        with maml.writing(args.results) as file:
+            file.write(maml.lines_of([rows[0], *(row.values() for row in rows)]))
     for text in tables:
         maml.tell(text, to="stdout")
     if args.plot:
-        maml.write_file(args.plot, maml.drawn(plot(models, curves), os.path.splitext(args.plot)[1][1:]))
+        maml.save_picture(args.plot, plot(models, curves))
 
 
 def table(experiment, asked, name, mean, stderr, median):
