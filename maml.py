@@ -611,6 +611,8 @@ class Experiment:
     step(state, rng, map)   -> State, outcome: a meta-iteration; of the outcome `watched` is shown on the way
     measure(state, outcome) -> a row of the log (`columns`), a line of progress, the validation score or None
     score(theta)            -> the validation score: larger is better. With `keeps_best` it selects
+    test(theta, asked)      yields K, the metric [steps + 1, tasks] of unseen tasks, for the table
+    published(K)            {step: figure} of the paper or its authors at the same settings
     map                     who computes parcels where no flag says; `spreads`: whether there are several
     log_every, save_every   meta-iterations
     """
@@ -618,7 +620,8 @@ class Experiment:
     columns, watched, log_every, save_every = ("loss", "before", "after"), "loss", 500, 1000
     keeps_best, spreads, map = False, False, staticmethod(map)
     parcel, clip = None, np.inf  # tasks computed at once; the largest element of a meta-gradient
-    metric_name, scale, threshold, worst, picture = "mse", 1, DIVERGED, np.inf, "sinusoids"
+    metric_name, scale, digits, threshold, worst = "mse", 1, 3, DIVERGED, np.inf
+    picture = "sinusoids"
     heading = f"query MSE: mean ± 95 % interval; above {DIVERGED:.0f} a task has diverged"
     meta_gradient = staticmethod(meta_gradient)
 
@@ -715,17 +718,21 @@ class Experiment:
         drawn = self.sample(purpose, shots, self.eval_query(shots)), self.stream(purpose), count
         return evaluate(self.loss, theta, *drawn, alpha, steps, self.metric, self.parcel, self.map)
 
-    def row_of_the_paper(self, shots):
-        """The key of PAPER for these settings, evaluated at `shots`; the paper trained at 10."""
+    def test(self, learned, asked):
+        for shots in np.atleast_1d(asked["eval_shots"]).tolist():
+            yield shots, self.curve(learned, "test", asked["eval_tasks"], shots, asked["eval_steps"])
+
+    def published(self, shots):
         s = self.settings
-        return (s["task"], s["method"], shots) if s["shots"] == 10 else None
+        return PAPER.get((s["task"], s["method"], shots), {}) if s["shots"] == 10 else {}
 
 
 class ImageExperiment(Experiment):
     """N-way K-shot images: cross-entropy, accuracy, and a convolutional network or a perceptron."""
 
     save_every, keeps_best, spreads = 100, True, True
-    metric_name, scale, threshold, worst, picture = "accuracy", 100, np.inf, 0.0, "images"
+    metric_name, scale, digits, threshold, worst = "accuracy", 100, 2, np.inf, 0.0
+    picture = "images"
     heading = "query accuracy in %: mean ± 95 % interval"
 
     def __init__(self, settings):
@@ -823,9 +830,10 @@ class ImageExperiment(Experiment):
         sample, rng = self.sample(purpose, shots, self.eval_query(shots)), self.stream(purpose)
         return np.concatenate(spread(nearest_accuracy, sample, rng, count, self.parcel, self.map), axis=1)
 
-    def row_of_the_paper(self, shots):
+    def published(self, shots):
         s = self.settings
-        return (s["task"], s["method"], shots, s["ways"], s["net"]) if shots == s["shots"] else None
+        key = s["task"], s["method"], shots, s["ways"], s["net"]
+        return PAPER.get(key, {}) if shots == s["shots"] else {}
 
 
 def joint_sample(rng, tasks, draw):
@@ -1013,8 +1021,8 @@ def main(argv=None, module=None):
     """Runs the command line that `module` (this, or rl) describes: -> exit code.
 
     The module has build_parser() and settings_of(args); experiment_of(settings), whose contract `Experiment`
-    states; report(models, args); EVALUATION, the table of what an evaluation may be asked; and LOWER, what to
-    lower where training diverges.
+    states; plot(models, curves, log); EVALUATION, the table of what an evaluation may be asked; and LOWER,
+    what to lower where training diverges.
     """
     module = module or sys.modules[__name__]
     name = f"{module.__name__}.py"
@@ -1045,7 +1053,7 @@ def run(args, module):
     runs = [evaluated(path, args, module) for path in args.evaluate or ()] or [started(args, module)]
     experiments = [experiment for experiment, *_ in runs]
     check_outputs(args, experiments[0].columns)
-    module.check_plot(args, experiments)
+    check_plot(args, experiments)
     for experiment in experiments:
         if (args.workers or args.scheduler) and not experiment.spreads:
             task = experiment.settings["task"]
@@ -1057,7 +1065,7 @@ def run(args, module):
             experiment.map = map or experiment.map
         models = runs if args.evaluate else [(experiments[0], meta_train(*runs[0], args, module))]
         try:
-            module.report(models, args)
+            report(models, args, module)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted while evaluating: no table; --evaluate makes it again")
 
@@ -1303,31 +1311,28 @@ def dask_client(address, module):
 # The report ------------------------------------------------------------------------------------
 
 
-def report(models, args):
+def report(models, args, module):
     """The table of each model, in --results and on stdout; --plot."""
     rows, curves, tables = [], [], []
     for (experiment, learned), name in zip(models, names_of(models, args)):
-        s, asked = experiment.settings, evaluation_of(EVALUATION, experiment.settings, args)
+        s, asked = experiment.settings, evaluation_of(module.EVALUATION, experiment.settings, args)
+        tell(f"evaluating {name} on {asked['eval_tasks']} unseen tasks")
         experiment.map = partial(counting, experiment.map, experiment.metric_name)
-        measured = []
-        for shots in np.atleast_1d(asked["eval_shots"]).tolist():
-            tell(f"evaluating {name} on {asked['eval_tasks']} tasks at K = {shots}")
-            values = experiment.curve(learned, "test", asked["eval_tasks"], shots, asked["eval_steps"])
-            summaries = [summarize(v, experiment.threshold, experiment.worst) for v in values]
-            measured.append((shots, summaries))
+        columns = {}
+        for shots, values in experiment.test(learned, asked):
+            columns[shots] = [summarize(v, experiment.threshold, experiment.worst) for v in values]
             label = {"task": s["task"], "method": s["method"], "shots": shots}
-            for step, summary in enumerate(summaries):
+            for step, summary in enumerate(columns[shots]):
                 rows.append(label | {"step": step, "metric": experiment.metric_name} | summary)
-        tables.append(table(experiment, asked, measured, name))
-        curves += [(f"{name}, K = {shots}", summaries) for shots, summaries in measured]
+            curves.append((f"{name}, K = {shots}", columns[shots]))
+        tables.append(table(experiment, asked["eval_tasks"], columns, name))
     if args.results:
         with writing(args.results) as file:
             file.write(lines_of([rows[0], *(row.values() for row in rows)]))
     for text in tables:
         tell(text, to="stdout")
     if args.plot:
-        draw = {"sinusoids": plot_sinusoids, "images": plot_images}[models[0][0].picture]
-        save_picture(args.plot, draw(models, curves, args.log))
+        save_picture(args.plot, module.plot(models, curves, args.log))
 
 
 def names_of(models, args):
@@ -1336,33 +1341,27 @@ def names_of(models, args):
     return methods if len(set(methods)) == len(methods) else args.evaluate
 
 
-def table(experiment, asked, curves, name):
-    """One model's table: a row a gradient step, a column a support size, and the paper's figures."""
-    s, scale = experiment.settings, experiment.scale
-    kind = f", {s['ways']}-way, {s['net']}" if "ways" in s else ""
-    what = f"{s['task']}{kind}, {s['method']}, seed {s['seed']}, {iterations_of(s)} meta-iterations"
-    lines = [
-        f"\n{what}{f', {name}' if name != s['method'] else ''}",
-        f"{asked['eval_tasks']} unseen tasks, {experiment.heading}\n",
-        f"steps  {''.join(f'K = {shots}'.ljust(34) for shots, _ in curves)}paper",
-    ]
-    for step in range(max(len(rows) for _, rows in curves)):
-        cells, paper = "", []
-        for shots, rows in curves:
-            cells += cell(rows[step], scale).ljust(34)
-            printed = PAPER.get(experiment.row_of_the_paper(shots), {}).get(step)
-            paper += [f"{printed} at K = {shots}"] if printed else []
-        lines.append(f"{step:>5}  {cells}{', '.join(paper)}".rstrip())
+def table(experiment, count, columns, name):
+    """One model's table: a row a gradient step, a column a support size, and what is published."""
+    s = experiment.settings
+    what = [s["task"], *(f"{s[key]}{text}" for key, text in {"ways": "-way", "net": ""}.items() if key in s)]
+    what += [s["method"], f"seed {s['seed']}", f"{iterations_of(s)} meta-iterations"]
+    what += [name] if name != s["method"] else []
+    heads = "".join(f"K = {shots}".ljust(34) for shots in columns)
+    lines = ["", ", ".join(what), f"{count} unseen tasks, {experiment.heading}", "", f"steps  {heads}paper"]
+    for step, row in enumerate(zip(*columns.values())):
+        cells = "".join(cell(summary, experiment.scale, experiment.digits).ljust(34) for summary in row)
+        published = {shots: experiment.published(shots).get(step) for shots in columns}
+        paper = ", ".join(f"{figure} at K = {shots}" for shots, figure in published.items() if figure)
+        lines.append(f"{step:>5}  {cells}{paper}".rstrip())
     return "\n".join(lines)
 
 
-def cell(row, scale):
+def cell(summary, scale, digits):
     """A mean with its interval, or how many tasks diverged, and the median."""
-    mean, ci95, median = (
-        f"{row[key] * scale:.{3 if scale == 1 else 2}f}" for key in ("mean", "ci95", "median")
-    )
-    if row["diverged"]:
-        return f"median {median}, {row['diverged']} of {row['tasks']} diverged"
+    mean, ci95, median = (f"{summary[key] * scale:.{digits}f}" for key in ("mean", "ci95", "median"))
+    if summary["diverged"]:
+        return f"median {median}, {summary['diverged']} of {summary['tasks']} diverged"
     return f"{mean} ± {ci95}"
 
 
@@ -1395,6 +1394,12 @@ def save_picture(path, canvas):
     """A matplotlib figure as a file, of the kind that its name ends in."""
     with writing(path) as file:
         canvas.savefig(file, format=os.path.splitext(path)[1][1:], dpi=110)
+
+
+def plot(models, curves, log):
+    """The picture of some models of one kind, and their curves; --log's where there is one."""
+    draw = {"sinusoids": plot_sinusoids, "images": plot_images}[models[0][0].picture]
+    return draw(models, curves, log)
 
 
 def canvas_of(width, height):

@@ -611,6 +611,8 @@ class Experiment:
 
     columns, watched = ("before", "after", "kl", "backtracks", "validation"), "return"
     log_every, save_every, keeps_best, spreads = 1, 10, True, True
+    metric_name, scale, digits, threshold, worst = "return", 1, 1, np.inf, -np.inf
+    heading = "return: mean ± 95 % interval"
 
     def __init__(self, settings):
         self.settings, self.method = settings, settings["method"]
@@ -698,6 +700,15 @@ class Experiment:
         given = theta, trajectories, self.rates(steps, shrink), goals, rng, self.map
         return np.concatenate(self.spread(returns_along, *given), axis=1)
 
+    def test(self, theta, asked):
+        tasks, trajectories, steps, shrink = asked.values()
+        yield trajectories, self.curve(theta, "test", tasks, trajectories, steps, shrink)
+
+    def published(self, trajectories):
+        task = self.settings["task"]
+        theirs = trajectories == EVALUATION[1].defaults[task]
+        return dict(enumerate(PAPER.get((task, self.method), ()))) if theirs else {}
+
     def rates(self, steps, shrink=1):
         """The size of each inner step: alpha, then alpha · shrink. The oracle is not adapted."""
         return [] if self.method == "oracle" else [self.alpha * (shrink if s else 1) for s in range(steps)]
@@ -741,57 +752,10 @@ def settings_of(args):
     return named | maml.settled(SETTINGS, task, args, usual, {})
 
 
-def report(models, args):
-    """The table of each model, in --results and on stdout; --plot."""
-    rows, curves, tables = [], [], []
-    for (experiment, learned), name in zip(models, maml.names_of(models, args)):
-        s, asked = experiment.settings, maml.evaluation_of(EVALUATION, experiment.settings, args)
-        returns = experiment.curve(learned, "test", *asked.values())
-        mean, stderr, median = (
-            returns.mean(axis=1),
-            returns.std(axis=1) / returns.shape[1] ** 0.5,
-            np.median(returns, axis=1),
-        )
-        curves.append((name, mean, stderr))
-        tables.append(table(experiment, asked, name, mean, stderr, median))
-        label = {"task": s["task"], "method": s["method"], "shots": asked["eval_trajectories"]}
-        for step, values in enumerate(returns):
-            bad = int((~np.isfinite(values)).sum())
-            row = {"step": step, "metric": "return", "mean": mean[step], "stderr": stderr[step]}
-            rows.append(label | row | {"median": median[step], "diverged": bad, "tasks": len(values)})
-    if args.results:
-        with maml.writing(args.results) as file:
-            file.write(maml.lines_of([rows[0], *(row.values() for row in rows)]))
-    for text in tables:
-        maml.tell(text, to="stdout")
-    if args.plot:
-        maml.save_picture(args.plot, plot(models, curves))
-
-
-def table(experiment, asked, name, mean, stderr, median):
-    """One model's table: a row a gradient step, and the authors' figures."""
-    s = experiment.settings
-    authors = PAPER.get((s["task"], s["method"]), ())
-    what = f"{s['task']}, {s['method']}, seed {s['seed']}, {maml.iterations_of(s)} meta-iterations"
-    lines = [
-        f"\n{what}{f', {name}' if name != s['method'] else ''}",
-        f"{asked['eval_tasks']} unseen tasks, {asked['eval_trajectories']} trajectories each\n",
-        f"steps  {'return ± standard error':<26}{'median':<10}authors",
-    ]
-    for step in range(len(mean)):
-        paper = authors[step] if step < len(authors) else ""
-        figures = f"{mean[step]:.1f} ± {stderr[step]:.1f}".ljust(26) + f"{median[step]:.1f}".ljust(10)
-        lines.append(f"{step:>5}  {figures}{paper}".rstrip())
-    return "\n".join(lines)
-
-
-check_plot = maml.check_plot
-
-
 # Pictures --------------------------------------------------------------------------------------
 
 
-def plot(models, curves):
+def plot(models, curves, log):
     """The return against gradient steps; paths of navigation, or pictures of the body where OpenGL is."""
     if models[0][0].picture == "paths":
         canvas = maml.canvas_of(12, 3.1 * len(models) + 0.6)
@@ -808,7 +772,7 @@ def plot(models, curves):
                 axes.imshow(picture)
                 axes.set_axis_off()
                 axes.set_title(f"{seconds:.1f} s, {metres:+.1f} m", fontsize=9)
-    maml.panel(right.subplots(), curves, "mean return ± standard error")
+    maml.panel(right.subplots(), maml.middles(curves, 1), "return")
     return canvas
 
 
