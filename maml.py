@@ -429,7 +429,7 @@ def table_of(tasks, *rows):
     return [Setting(name, kind, dict(zip(tasks, values)), meaning) for name, kind, *values, meaning in rows]
 
 
-FLOATS, NETS = ("float32", "float64"), ("conv", "mlp")
+FLOATS, NETS, QUERIES = ("float32", "float64"), ("conv", "mlp"), ("together", "alone")
 # fmt: off
 SETTINGS = table_of(  # what a checkpoint keeps; 20-way, 5-shot and Reptile differ as `usual` says
     TASKS,
@@ -452,6 +452,7 @@ EVALUATION = table_of(  # may differ at every evaluation
     ("eval_tasks", count, 600,         600,     600,     "unseen tasks for the table"),
     ("eval_steps", count, 10,          10,      10,      "gradient steps, up to which it goes"),
     ("eval_shots", count, (5, 10, 20), "shots", "shots", "support sizes to evaluate at"),
+    ("eval_queries", QUERIES, None, "together", "together", "what batch norm sees: all, or each alone"),
 )
 # fmt: on
 
@@ -494,6 +495,8 @@ def build_parser():
     )
     what = "of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)"
     parser.add_argument("--data", metavar="FOLDER", help=what)
+    what = "with --evaluate: a folder of support images per class, and the images to classify beside these"
+    parser.add_argument("--adapt", metavar="FOLDER", help=what)
     return parser
 
 
@@ -571,6 +574,7 @@ def parser_of(prog, what, methods, baselines, first_order, rows, workers, experi
         parser.add_argument(f"--{flag}", metavar=f"FILE.{kinds.get(flag, 'npz')}", help=text)
     text = "train nothing, evaluate these checkpoints; --alpha may be given to fine-tune at another rate"
     parser.add_argument("--evaluate", metavar="FILE.npz", nargs="+", help=text)
+    parser.set_defaults(data=None, adapt=None)  # which one command has alone
     return parser
 
 
@@ -719,8 +723,9 @@ class Experiment:
         return evaluate(self.loss, theta, *drawn, alpha, steps, self.metric, self.parcel, self.map)
 
     def test(self, learned, asked):
-        for shots in np.atleast_1d(asked["eval_shots"]).tolist():
-            yield shots, self.curve(learned, "test", asked["eval_tasks"], shots, asked["eval_steps"])
+        count, steps, shots, *queries = asked.values()
+        for k in np.atleast_1d(shots).tolist():
+            yield k, self.curve(learned, "test", count, k, steps, *queries)
 
     def published(self, shots):
         s = self.settings
@@ -824,11 +829,18 @@ class ImageExperiment(Experiment):
         theta[:body] = learned[:body]
         return theta, self.inner_rate()
 
-    def curve(self, learned, purpose, count, shots, steps):
-        if self.method != "nearest":
-            return super().curve(learned, purpose, count, shots, steps)
+    def curve(self, learned, purpose, count, shots, steps, queries="together"):
+        theta, alpha = self.adaptation(learned)
         sample, rng = self.sample(purpose, shots, self.eval_query(shots)), self.stream(purpose)
-        return np.concatenate(spread(nearest_accuracy, sample, rng, count, self.parcel, self.map), axis=1)
+        if self.method == "nearest":
+            found = spread(nearest_accuracy, sample, rng, count, self.parcel, self.map)
+            return np.concatenate(found, axis=1)
+        metric = self.metric
+        if queries == "alone":
+            sample = partial(with_support, sample=sample)
+            metric = partial(accuracy, self.network, outputs=alone)
+        drawn = sample, rng, count
+        return evaluate(self.loss, theta, *drawn, alpha, steps, metric, self.parcel, self.map)
 
     def published(self, shots):
         s = self.settings
@@ -852,9 +864,27 @@ def perceptron(shape, ways):
     return nets.mlp((math.prod(shape), 256, 128, 64, 64, ways), normalize=True)
 
 
-def accuracy(network, theta, x, y):
+def together(network, theta, x):
+    """The network's outputs [T, n, ways]: batch norm takes the statistics of all n examples."""
+    return network.forward(theta, x)[0]
+
+
+def alone(network, theta, x):
+    """The outputs for queries, x = (queries, support images), normalised each with the support set alone."""
+    queries, support = x
+    sets = (np.concatenate([support, queries[:, i : i + 1]], axis=1) for i in range(queries.shape[1]))
+    return np.concatenate([network.forward(theta, one)[0][:, -1:] for one in sets], axis=1)
+
+
+def with_support(rng, tasks, sample):
+    """A sample, but of queries as `alone` has them."""
+    support, (x, y) = sample(rng, tasks=tasks)
+    return support, ((x, support[0]), y)
+
+
+def accuracy(network, theta, x, y, outputs=together):
     """The fraction of examples whose largest output is at the label, [T]; NaN if an output is not finite."""
-    out = network.forward(theta, x)[0]
+    out = outputs(network, theta, x)
     right = (out.argmax(axis=-1) == y.argmax(axis=-1)).mean(axis=1)
     return np.where(np.isfinite(out).all(axis=(1, 2)), right, np.nan)
 
@@ -1050,7 +1080,11 @@ def main(argv=None, module=None):
 
 def run(args, module):
     """Trains, or loads what was trained, and reports. What can be wrong is found out first."""
+    if args.adapt and not args.evaluate:
+        raise Unusable("--adapt needs a trained model: name it with --evaluate")
     runs = [evaluated(path, args, module) for path in args.evaluate or ()] or [started(args, module)]
+    if args.adapt:
+        return classify(runs, args)
     experiments = [experiment for experiment, *_ in runs]
     check_outputs(args, experiments[0].columns)
     check_plot(args, experiments)
@@ -1059,7 +1093,7 @@ def run(args, module):
             task = experiment.settings["task"]
             raise Unusable(f"{task} has nothing to spread; leave out --workers, --scheduler")
         asked = evaluation_of(module.EVALUATION, experiment.settings, args)
-        experiment.open(getattr(args, "data", None), asked)
+        experiment.open(args.data, asked)
     with workers_of(args, module) as map:
         for experiment in experiments:
             experiment.map = map or experiment.map
@@ -1309,6 +1343,33 @@ def dask_client(address, module):
 
 
 # The report ------------------------------------------------------------------------------------
+
+
+def classify(models, args):
+    """The class and its probability of each query image in --adapt's folder."""
+    for experiment, learned in models:
+        s, network = experiment.settings, experiment.network
+        if s["task"] == "sinusoid" or s["method"] == "nearest":
+            raise Unusable(f"--adapt is for networks of images, not {s['task']}, {s['method']}")
+        try:
+            classes, support, files, x = tasks.load_own(args.adapt, network.inputs)
+        except (OSError, ValueError) as error:
+            raise Unusable(tasks.one_line(error))
+        if len(classes) != s["ways"]:
+            raise Unusable(f"{args.adapt}: {len(classes)} classes, and the model is {s['ways']}-way")
+        theta, alpha = experiment.adaptation(learned)
+        steps = evaluation_of(EVALUATION, s, args)["eval_steps"]
+        theta = adapt(experiment.loss, theta, support, alpha, steps)
+        out = alone(network, theta, (x, support[0]))[0]
+        if not np.isfinite(out).all():
+            raise FloatingPointError(
+                f"the outputs diverge within {steps} steps: lower --alpha or --eval-steps"
+            )
+        odds = np.exp(out - out.max(axis=1, keepdims=True))
+        lines = [f"{'class':<24}{'probability':<14}query"]
+        for file, row in zip(files, odds / odds.sum(axis=1, keepdims=True)):
+            lines.append(f"{classes[row.argmax()]:<24}{row.max():<14.3f}{file}")
+        tell("\n".join(lines), to="stdout")
 
 
 def report(models, args, module):

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +349,9 @@ def _copy(response, file, name, limit=32 << 20):
 # MiniImagenet ----------------------------------------------------------------------------------
 
 
+NO_PILLOW = "photographs need Pillow, which is missing: pip install pillow"
+
+
 def load_miniimagenet(path, each=1):
     """MiniImagenet (Ravi & Larochelle 2017) at 84x84 -> {"train": images, "val": images, "test": images}.
 
@@ -378,13 +382,9 @@ def _photos(path, split, each):
 
 def _folders(folder):
     """{class: [(file, size, time), ...]} of a folder per class, both in the order of their names."""
-
-    def image(f):
-        return _usable(f.name) and f.name.lower().endswith((".jpg", ".jpeg", ".png")) and f.is_file()
-
     try:
         classes = sorted(f.name for f in os.scandir(folder) if f.is_dir() and _usable(f.name))
-        files = [filter(image, os.scandir(folder / name)) for name in classes]
+        files = [filter(_image, os.scandir(folder / name)) for name in classes]
         stats = [sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in some) for some in files]
     except OSError as error:
         raise ValueError(
@@ -395,12 +395,14 @@ def _folders(folder):
     return dict(zip(classes, stats, strict=True))
 
 
+def _image(file):
+    return _usable(file.name) and file.name.lower().endswith((".jpg", ".jpeg", ".png")) and file.is_file()
+
+
 def _decoded(folder, classes, count):
     """-> the shape of all images, and an iterator of uint8 [count, 84, 84, 3] of each class in turn."""
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError as error:
-        raise ValueError("MiniImagenet's images need Pillow, which is missing: pip install pillow") from error
+    if not find_spec("PIL"):
+        raise ValueError(NO_PILLOW)
     files = ([folder / name / file for file, *_ in files[:count]] for name, files in classes.items())
     return (len(classes), count, 84, 84, 3), _blocks(folder, files, len(classes))
 
@@ -415,16 +417,43 @@ def _blocks(folder, files, classes):
         print(file=sys.stderr)
 
 
-def _photo(file):
+def load_own(folder, shape):
+    """One task of one's own images -> class names, support (x, y), query files, query x, as in `few_shot`.
+
+    folder: a folder of support images per class, and the queries beside these, or in its folder `query`:
+    JPEGs or PNGs of any size, brought to `shape` (height, width, channels) as the data sets are. With one
+    channel dark is ink, 1.
+    """
+    if not find_spec("PIL"):
+        raise ValueError(NO_PILLOW)
+    folder = Path(folder)
+    classes = {name: files for name, files in _folders(folder).items() if name != "query"}
+    queries = sorted(file for where in (folder, folder / "query") for file in where.glob("*") if _image(file))
+    for name, files in [*classes.items(), ("", queries)]:
+        if not files:
+            what = (
+                "a class needs support images" if name else "there is no query; put some beside the classes"
+            )
+            raise ValueError(f"{folder / name}: no JPEG or PNG: {what}")
+    files = [folder / name / file for name, some in classes.items() for file, *_ in some]
+    x = np.stack([_photo(file, shape) for file in [*files, *queries]])[None] / np.float32(255)
+    y = np.eye(len(classes), dtype=np.float32).repeat([len(some) for some in classes.values()], axis=0)
+    return list(classes), (x[:, : len(files)], y[None]), queries, x[:, len(files) :]
+
+
+def _photo(file, shape=(84, 84, 3)):
     from PIL import Image
 
+    height, width, channels = shape
+    kind, filter = ("RGB", Image.Resampling.LANCZOS) if channels == 3 else ("L", Image.Resampling.BOX)
     try:
         with Image.open(file, formats=("JPEG", "PNG")) as image:
             if image.width * image.height > 1 << 25:
                 raise ValueError(f"{image.width}x{image.height} pixels")
             if image.mode.startswith("I"):  # 16-bit grey, which conversion would cut off at 255
                 image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
-            return np.asarray(image.convert("RGB").resize((84, 84), Image.Resampling.LANCZOS))
+            pixels = np.asarray(image.convert(kind).resize((width, height), filter))
+            return pixels if channels == 3 else 255 - pixels[..., None]
     except Exception as error:
         raise ValueError(f"{file}: does not decode ({one_line(error)}): replace or remove it") from error
 
