@@ -1610,6 +1610,44 @@ def test_images_baselines_run_resume_and_share_the_test_tasks(folder, glyphs, ca
     assert np.array_equal(arrays("a.npz")["theta"], arrays("b.npz")["theta"])
 
 
+def test_a_query_alone_is_normalised_with_the_support_set_and_nothing_else():
+    network, rng = nets.convnet((8, 8, 1), 3, filters=4), np.random.default_rng(0)
+    theta = network.init(rng, np.float64)
+    support, queries = rng.uniform(size=(2, 2, 3, 8, 8, 1))
+    out = maml.alone(network, np.stack([theta, theta]), (queries, support))
+    for i in range(3):
+        one = np.concatenate([support, queries[:, i : i + 1]], axis=1)
+        assert error(out[:, i], network.apply(theta, one)[:, -1]) < 1e-12
+    together = maml.together(network, np.stack([theta, theta]), queries)
+    assert error(together, network.apply(theta, queries)) < 1e-12 and error(out, together) > 1e-3
+
+
+def test_ones_own_images_are_classified(folder, glyphs, capsys):
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    words = [*GLYPHS, "--data", glyphs, "--ways", 2, "--iterations", 30, "--save", "a.npz", "--results", "r"]
+    assert command(*words, "--eval-queries", "alone") == 0
+    assert float(Path("r").read_text().splitlines()[4].split(",")[5]) > 0.7
+    for name in ("bar", "ring", "query"):
+        Path("own", name).mkdir(parents=True)
+    bar, ring = np.full((2, 60, 50), 255, np.uint8)
+    bar[:, 20:28], ring[10:50, 10:40], ring[18:42, 18:32] = 0, 0, 255
+    for name, pixels in {"bar/1.png": bar, "ring/1.png": ring, "2.jpg": bar, "query/3.png": ring}.items():
+        image.fromarray(pixels).save(Path("own", name))
+    capsys.readouterr()
+    assert command("--evaluate", "a.npz", "--adapt", "own") == 0
+    head, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head == ["class", "probability", "query"]
+    assert [(label, file) for label, _, file in lines] == [("bar", "own/2.jpg"), ("ring", "own/query/3.png")]
+    assert all(float(probability) > 0.6 for _, probability, _ in lines)
+    Path("own/third").mkdir()
+    for use, message in {
+        "--adapt own": "needs a trained model",
+        "--evaluate a.npz --adapt own": "own/third: no JPEG or PNG",
+        "--evaluate a.npz --adapt .": "no JPEG or PNG",
+    }.items():
+        assert command(*use.split()) == 2 and message in capsys.readouterr().err
+
+
 def test_plot_of_images_draws_a_picture(folder, glyphs):
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     words = [*GLYPHS, "--data", glyphs, "--ways", 3, "--iterations", 2, "--eval-steps", 1]
