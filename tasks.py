@@ -12,6 +12,7 @@ class and says what to do.
 import hashlib
 import http.client
 import io
+import math
 import os
 import re
 import secrets
@@ -252,7 +253,7 @@ def _characters(parts):
                 f"{name}: {len(members)} images, where others have {each}; fetch the archive again"
             )
     names = [classes[name] for name in np.random.default_rng(0).permutation(sorted(classes))]
-    rows = _unfilter(np.array([_scanlines(name, files[name]) for members in names for name in members]))
+    rows = np.array([_pixels(name, files[name]) for members in names for name in members])
     ink = (1 - np.unpackbits(row, axis=-1, count=105) for row in rows.reshape(-1, each, 105, 14))
     weights = area_weights(105, 28)
     blocks = (np.rint(255 * (weights @ (x @ weights.T))).astype(np.uint8) for x in ink)
@@ -266,8 +267,8 @@ def area_weights(size, to):
     return (np.maximum(overlap, 0) * to / size).astype(np.float32)
 
 
-def _scanlines(name, read):
-    """A 1-bit grey 105x105 PNG -> uint8 [105, 15]: each row a filter type, then eight pixels a byte."""
+def _pixels(name, read):
+    """A 1-bit grey 105x105 PNG, its rows unfiltered as in Omniglot's archives -> uint8 [105, 14], packed."""
     try:
         data = read()
         if not data.startswith(PNG_START):
@@ -285,27 +286,11 @@ def _scanlines(name, read):
             at += length + 12
         inflate = zlib.decompressobj()
         raw = inflate.decompress(packed, 105 * 15 + 1)
-        if len(raw) != 105 * 15 or not inflate.eof or max(raw[::15]) > 4:
-            raise ValueError("broken pixel data")
+        if len(raw) != 105 * 15 or not inflate.eof or any(raw[::15]):
+            raise ValueError("broken or filtered pixel data")
     except Exception as error:
         raise ValueError(f"{name}: does not decode ({one_line(error)}); fetch the archive again") from error
-    return np.frombuffer(raw, np.uint8).reshape(105, 15)
-
-
-def _unfilter(rows):
-    """Undo the filters of PNG, section 9: uint8 [n, 105, 15] with filter types -> [n, 105, 14] without."""
-    kinds, packed = rows[:, :, 0], rows[:, :, 1:].copy()
-    some = kinds.any(axis=1)  # no image of Omniglot's own archives is filtered
-    kinds, filtered = kinds[some], packed[some].astype(np.int16)
-    out = np.zeros((len(kinds), 106, 15), np.int16)  # with a row above and a byte on the left
-    for y, x in np.ndindex(filtered.shape[1:]) if some.any() else ():
-        left, up, corner = out[:, y + 1, x], out[:, y, x + 1], out[:, y, x]
-        a, b, c = abs(up - corner), abs(left - corner), abs(left + up - 2 * corner)
-        paeth = np.where((a <= b) & (a <= c), left, np.where(b <= c, up, corner))
-        guess = np.choose(kinds[:, y], [0 * left, left, up, (left + up) // 2, paeth])
-        out[:, y + 1, x + 1] = (filtered[:, y, x] + guess) & 255
-    packed[some] = out[:, 1:, 1:]
-    return packed
+    return np.frombuffer(raw, np.uint8).reshape(105, 15)[:, 1:]
 
 
 def download_omniglot(folder, url=OMNIGLOT_URL, md5=OMNIGLOT_MD5, timeout=20):
@@ -481,32 +466,45 @@ def _cached(folder, name, key, build):
     raise ValueError(f"{where}: cannot be written ({reason.strerror}): free space, or set XDG_CACHE_HOME")
 
 
-def _digest(key, shape):
-    return hashlib.sha256(repr((key, shape)).encode()).digest()
-
-
 def _length(place, key):
-    """How many classes the .npy file has, if what follows its pixels is the digest of this key and shape."""
+    """How many classes the .npy file has, if digests of pixels and key follow its pixels."""
     if not stat.S_ISREG(os.stat(place).st_mode):
         raise ValueError(f"{place}: no regular file")
     images = np.load(place, mmap_mode="r")
     with place.open("rb") as file:
         file.seek(images.offset + images.nbytes)
-        digest = file.read(33)
-    if digest != _digest(key, images.shape) or images.dtype != np.uint8 or not images.flags.c_contiguous:
+        pixels, digest = file.read(32), file.read(33)
+    if (
+        digest != _digest(key, images.shape, pixels)
+        or images.dtype != np.uint8
+        or not images.flags.c_contiguous
+    ):
         raise ValueError(f"{place}: made from other files, or damaged")
     return len(images)
 
 
+def _digest(key, shape, pixels):
+    return hashlib.sha256(repr((key, shape, pixels)).encode()).digest()
+
+
 def _write(place, key, build):
-    """Write shape and blocks as a .npy, then the digest."""
+    """Write shape and blocks as a .npy, then the digests; what is then on the disk is read once."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with replacing(place) as file:
         shape, blocks = build()
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        start, pixels, found = file.tell(), hashlib.sha256(), hashlib.sha256()
         for block in blocks:
             file.write(block)
-        file.write(_digest(key, shape))
+            pixels.update(block)
+        file.write(pixels.digest() + _digest(key, shape, pixels.digest()))
+        file.flush()
+        with open(file.name, "rb") as written:
+            written.seek(start)
+            for _ in range(shape[0]):
+                found.update(written.read(math.prod(shape[1:])))
+        if found.digest() != pixels.digest():
+            raise OSError(5, "not what was written")
 
 
 @contextmanager
