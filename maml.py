@@ -25,7 +25,7 @@ import time
 import zipfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 import autograd.numpy as anp
@@ -612,7 +612,8 @@ class Experiment:
     open(data, asked)       loads the data and finds out what is missing, for training and for the table that
                             `asked` describes; Unusable
     start()                 -> the State that training begins with
-    step(state, rng, map)   -> State, outcome: a meta-iteration; of the outcome `watched` is shown on the way
+    step(state, rng, map)   -> State, outcome: a meta-iteration; of the outcome `watched` is shown on the way,
+                            smoothed over so many meta-iterations
     measure(state, outcome) -> a row of the log (`columns`), a line of progress, the validation score or None
     score(theta)            -> the validation score: larger is better. With `keeps_best` it selects
     test(theta, asked)      yields K, the metric [steps + 1, tasks] of unseen tasks, for the table
@@ -622,7 +623,7 @@ class Experiment:
     """
 
     columns, watched, log_every, save_every = ("loss", "before", "after"), "loss", 500, 1000
-    keeps_best, spreads, map = False, False, staticmethod(map)
+    smoothed, keeps_best, spreads, map = 50, False, False, staticmethod(map)
     parcel, clip = None, np.inf  # tasks computed at once; the largest element of a meta-gradient
     metric_name, scale, digits, threshold, worst = "mse", 1, 3, DIVERGED, np.inf
     picture = "sinusoids"
@@ -754,7 +755,7 @@ class ImageExperiment(Experiment):
         self.parcel = 1 if mini or ways > 10 else max(1, 8 // settings["shots"])
         if settings["steps"] > KEPT_STEPS[settings["task"]]:
             self.meta_gradient = partial(meta_gradient_recomputed, kept=KEPT_STEPS[settings["task"]])
-        self.map = ThreadPoolExecutor(cores(), initializer=partial(np.seterr, all="ignore")).map
+        self.map = threads()
         if mini:  # the authors clip to ±10 a loss that is ways · query / shots times the mean
             self.clip = 10 * settings["shots"] / (ways * settings["query"])
 
@@ -1156,7 +1157,7 @@ def meta_train(experiment, state, best, rng, args, module):
     log = args.log and Log(args.log, experiment.columns, state.iteration, experiment.log_every)
     with (
         interruptible(module) as asked,
-        Progress(state.iteration, iterations, experiment.watched) as progress,
+        Progress(state.iteration, iterations, experiment.watched, experiment.smoothed) as progress,
     ):
         try:
             run = train(experiment.step, state, rng, iterations, experiment.map)
@@ -1226,18 +1227,18 @@ def interruptible(module):
 class Progress:
     """One updating line on a terminal's stderr; elsewhere a plain line every ten seconds."""
 
-    def __init__(self, done, of, watched, unit="iteration"):
-        self.first, self.of, self.watched, self.unit = done, of, watched, unit
-        self.text, self.shown, self.smooth = "", None, None
+    def __init__(self, done, of, watched, smoothed, unit="iteration"):
+        self.first, self.of, self.watched, self.smoothed, self.unit = done, of, watched, smoothed, unit
+        self.text, self.shown, self.smooth = "", None, 0
         self.terminal, self.began = sys.stderr.isatty(), time.monotonic()
 
     def __enter__(self):
         return self
 
     def show(self, done, last, outcome):
-        """`outcome`, or its second number, is shown smoothed over some fifty meta-iterations."""
+        """`outcome`, or its second number, is shown as a mean, over some `smoothed` at most."""
         value, now = np.ravel(outcome)[:2][-1], time.monotonic()
-        self.smooth = value if self.smooth is None else self.smooth + (value - self.smooth) / 50
+        self.smooth += (value - self.smooth) / min(done - self.first, self.smoothed)
         if not last and now - (self.shown or self.began) < (0.2 if self.terminal else 10):
             return
         self.shown = now
@@ -1280,10 +1281,16 @@ def workers_of(args, module):
 def counting(map, watched, function, *columns):
     """`map`, which shows how many of its results are there, and the mean of their last row."""
     columns = [list(column) for column in columns]
-    with Progress(0, len(columns[0]), watched, "parcel") as progress:
+    with Progress(0, len(columns[0]), watched, len(columns[0]), "parcel") as progress:
         for done, result in enumerate(map(function, *columns), 1):
             progress.show(done, done == len(columns[0]), np.mean(result[-1]))
             yield result
+
+
+@cache
+def threads():
+    """map on a thread for each core; what runs there must not wait for it in turn."""
+    return ThreadPoolExecutor(cores(), initializer=partial(np.seterr, all="ignore")).map
 
 
 def process_pool(workers):

@@ -15,12 +15,10 @@ on the steps that the adapted policies took. At the old theta the constraint's H
 F_i the Fisher matrix of the adapted policy: exact, with no third derivative, as the gradient of the KL is 0.
 """
 
-import functools
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import autograd.numpy as anp
@@ -72,34 +70,35 @@ class Locomotion:
     and the ant is done where its state is not finite or its torso's height not within [0.2, 1.0]. A step is
     `frame_skip` physics steps, of 0.01 s (cheetah) or 0.02 s (ant). A trajectory that is done stays as it is.
     Bodies: gymnasium's half_cheetah.xml and ant.xml. One simulation serves all trajectories in turn; a row of
-    `states` is what it needs of one: position, velocity, the solver's last solution (its start), control.
+    `states` is what it needs of one (position, velocity, control, and the solver's last solution, its start),
+    a row of `seen` what is observed of one: qpos, what follows above, and v.
     """
 
     horizon = 200
 
     def __init__(self, name, goals, trajectories, oracle=False, frame_skip=1):
-        self.mujoco, folder = _mujoco()
         body, self.kind = name.split("-")
         self.ant, self.oracle, self.frame_skip = body == "ant", oracle, frame_skip
         self.goals = np.repeat(np.asarray(goals, float)[:, None], trajectories, axis=1)
-        path = os.path.join(folder, "ant.xml" if self.ant else "half_cheetah.xml")
-        self.model = self.mujoco.MjModel.from_xml_path(path)
+        mujoco, self.model = _mujoco("ant.xml" if self.ant else "half_cheetah.xml")
         if self.ant:
             self.model.opt.timestep = 0.02
         # MuJoCo would put a state that is not finite back to the start, and the ant never be done for it.
-        self.model.opt.disableflags |= self.mujoco.mjtDisableBit.mjDSBL_AUTORESET
-        self.actions = self.model.nu
-        self.simulation = simulation = self.mujoco.MjData(self.model)
+        self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
+        self.mujoco, self.actions, self.simulation = mujoco, self.model.nu, mujoco.MjData(self.model)
         names = "QPOS", "QVEL", "WARMSTART", "CTRL"
-        self.kept = sum(getattr(self.mujoco.mjtState, f"mjSTATE_{name}").value for name in names)
-        self.states = np.zeros((self.goals.size, self.mujoco.mj_stateSize(self.model, self.kept)))
-        # Views of what else an observation is made of, and of the x velocity of the centre of mass.
-        parts = [simulation.cfrc_ext.reshape(-1), simulation.xmat[1]] if self.ant else []
-        self.parts = [*parts, simulation.subtree_com[1], simulation.subtree_linvel[1, :1]]
-        ends = np.cumsum([0] + [part.size for part in self.parts])
-        self.seen = np.zeros((self.goals.size, ends[-1]))
-        seen = [self.seen[:, i:j] for i, j in zip(ends, ends[1:])]
-        self.rows = [*zip(self.states, *seen)]  # views of a trajectory's row of each
+        self.kept = sum(getattr(mujoco.mjtState, f"mjSTATE_{name}").value for name in names)
+        self.states = np.zeros((self.goals.size, mujoco.mj_stateSize(self.model, self.kept)))
+        data = self.simulation
+        more = [data.cfrc_ext.reshape(-1), data.xmat[1]] if self.ant else []
+        self.parts = [data.qpos, data.qvel, *more, data.subtree_com[1], data.subtree_linvel[1, :1]]  # views
+        self.seen = np.zeros((self.goals.size, sum(part.size for part in self.parts)))
+        self.contacts = self.seen[:, 29:113]  # of the ant
+        # mj_step leaves what depends on position and velocity as it was at its last physics step's start.
+        if self.ant:
+            self.settle = mujoco.mj_forward, mujoco.mj_rnePostConstraint, mujoco.mj_subtreeVel
+        else:
+            self.settle = mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_comVel, mujoco.mj_subtreeVel
 
     def reset(self, rng):
         model, count = self.model, len(self.states)
@@ -108,66 +107,50 @@ class Locomotion:
         self.states[:, : model.nq] = start + 0.01 * rng.normal(size=(count, model.nq))
         self.states[:, model.nq : model.nq + model.nv] = 0.1 * rng.normal(size=(count, model.nv))
         self.ended = np.zeros(count, bool)
-        self._advance(range(count), steps=0)
-        return self._observe()
+        return self._advance(range(count), 0)
 
     def step(self, actions):
         a = np.clip(actions.reshape(len(self.states), -1), -1, 1).astype(float)
         self.states[:, -self.actions :] = a
         alive = ~self.ended
-        self._advance(np.flatnonzero(alive).tolist(), self.frame_skip)
-        goals, velocity, height = self.goals.ravel(), self.seen[:, -1], self.states[:, 2]
+        observations = self._advance(np.flatnonzero(alive).tolist(), self.frame_skip)
+        goals, velocity, height = self.goals.ravel(), self.seen[:, -1], self.seen[:, 2]
         reward = -np.abs(velocity - goals) if self.kind == "vel" else goals * velocity
         reward = reward - (0.005 if self.ant else 0.05) * (a * a).sum(axis=1)
         if self.ant:
-            contacts = np.clip(self.seen[:, :84], -1, 1)
-            reward += 0.05 + (self.kind == "vel") - 0.0005 * (contacts * contacts).sum(axis=1)
-            sound = np.isfinite(self.states).all(axis=1) & np.isfinite(self.seen).all(axis=1)
+            reward += 0.05 + (self.kind == "vel") - 0.0005 * (self.contacts * self.contacts).sum(axis=1)
+            sound = np.isfinite(self.seen).all(axis=1)
             self.ended = self.ended | ~(sound & (0.2 <= height) & (height <= 1))
         reward = np.where(alive, reward, 0)
-        return self._observe(), reward.reshape(self.goals.shape), self.ended.reshape(self.goals.shape)
+        return observations, reward.reshape(self.goals.shape), self.ended.reshape(self.goals.shape)
 
-    def _advance(self, which, steps):
-        """Steps some of the trajectories and settles what depends on position and velocity at the end.
-
-        mj_step leaves that of its last step's start behind.
-        """
+    def _advance(self, trajectories, steps):
+        """So many physics steps of some of the trajectories -> the observations of all."""
         mujoco, model, simulation, kept = self.mujoco, self.model, self.simulation, self.kept
-        if self.ant:
-            settle = mujoco.mj_forward, mujoco.mj_rnePostConstraint, mujoco.mj_subtreeVel
-        else:
-            settle = mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_comVel, mujoco.mj_subtreeVel
-        load, step, keep = mujoco.mj_setState, mujoco.mj_step, mujoco.mj_getState
-        for i in which:
-            state, *seen = self.rows[i]
-            load(model, simulation, state, kept)
-            if steps:
-                step(model, simulation, steps)
-                keep(model, simulation, state, kept)
-            for settled in settle:
+        for i in trajectories:
+            state = self.states[i]
+            mujoco.mj_setState(model, simulation, state, kept)
+            mujoco.mj_step(model, simulation, steps)
+            mujoco.mj_getState(model, simulation, state, kept)
+            for settled in self.settle:
                 settled(model, simulation)
-            for row, part in zip(seen, self.parts):
-                row[:] = part
-
-    def _observe(self):
-        nq, nv = self.model.nq, self.model.nv
+            np.concatenate(self.parts, out=self.seen[i])
         if self.ant:
-            parts = self.states[:, : nq + nv], np.clip(self.seen[:, :84], -1, 1), self.seen[:, 84:-1]
-        else:
-            parts = self.states[:, 1 : nq + nv], self.seen[:, :-1]
-        features = np.concatenate(parts, axis=1).reshape(*self.goals.shape, -1)
-        return np.concatenate([features, self.goals[..., None]], axis=-1) if self.oracle else features
+            np.clip(self.contacts, -1, 1, out=self.contacts)
+        observed = [self.seen[:, 0 if self.ant else 1 : -1].reshape(*self.goals.shape, -1)]
+        return np.concatenate(observed + [self.goals[..., None]] * self.oracle, axis=-1)
 
 
-def _mujoco():
-    """The mujoco package, and the folder of gymnasium's bodies; Unusable where one is missing."""
+def _mujoco(body):
+    """The mujoco package, and the model of a body of gymnasium's; Unusable where one is missing."""
     try:
         import gymnasium
         import mujoco
     except ImportError:
         raise maml.Unusable('locomotion needs MuJoCo; pip install "gymnasium[mujoco]"') from None
     mujoco.set_mju_user_warning(lambda _: None)  # which would write a file into the current folder
-    return mujoco, os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets")
+    folder = os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets")
+    return mujoco, mujoco.MjModel.from_xml_path(os.path.join(folder, body))
 
 
 # The policy ------------------------------------------------------------------------------------
@@ -227,11 +210,8 @@ def gaussian_policy(inputs, actions, hidden):
 def log_density(out, action):
     """log N(action; mean, exp(log_std)²) of each number of an action: [T, n, a], out = [mean, log_std]."""
     mean, log_std = _halves(out)
-    return (
-        -0.5 * ((action - mean) * anp.exp(-log_std)) ** 2
-        - log_std
-        - 0.5 * np.log(2 * np.pi).astype(out.dtype)
-    )
+    z = (action - mean) * anp.exp(-log_std)
+    return -0.5 * z**2 - log_std - 0.5 * np.log(2 * np.pi).astype(out.dtype)
 
 
 def log_likelihood(out, action):
@@ -301,14 +281,10 @@ def rollout(environment, policy, theta, rng):
     A trajectory's last step is the one that the environment calls done, or the horizon's.
     """
     observation = environment.reset(rng).astype(theta.dtype)
-    tasks, trajectories = observation.shape[:2]
-    shape = tasks, trajectories, environment.horizon
-    episodes = Episodes(
-        np.zeros(shape + observation.shape[2:], theta.dtype),
-        np.zeros(shape + (environment.actions,), theta.dtype),
-        *np.zeros((2, *shape), theta.dtype),
-    )
-    alive = np.ones((tasks, trajectories), bool)
+    shape = *observation.shape[:2], environment.horizon
+    numbers = observation.shape[2:], (environment.actions,), (), ()
+    episodes = Episodes(*(np.zeros(shape + each, theta.dtype) for each in numbers))
+    alive = np.ones(shape[:2], bool)
     for t in range(environment.horizon):
         mean, log_std = _halves(policy.forward(theta, observation)[0])
         action = mean + np.exp(log_std) * rng.standard_normal(mean.shape, theta.dtype)
@@ -405,14 +381,16 @@ def outer_problem(loss, alpha, order, theta, batches, map=map):
 
     The means over i of `task_problem`; batches[i] are those of a task, or of as many as every other i has.
     """
-    problems = [*map(partial(task_problem, loss, alpha, order, theta), batches)]
+    problems = map(partial(task_problem, loss, alpha, order, theta), batches)
     values, gradients, products, objectives = zip(*problems)
 
-    def mean_at(functions, v):
-        return sum(map(lambda function: function(v), functions)) / len(functions)
+    def mean(parts):
+        return sum(parts) / len(batches)
 
-    means = (sum(parts) / len(parts) for parts in (values, gradients))
-    return *means, partial(mean_at, products), partial(mean_at, objectives)
+    def mean_at(functions, v):
+        return mean(map(lambda function: function(v), functions))
+
+    return mean(values), mean(gradients), partial(mean_at, products), partial(mean_at, objectives)
 
 
 def task_problem(loss, alpha, order, theta, batches):
@@ -446,8 +424,7 @@ def task_problem(loss, alpha, order, theta, batches):
     def objective(trial):
         return surrogate(loss.network, loss, alpha, trial, supports, (x, y), out).mean(axis=1)
 
-    _, weight = _halves(y)
-    return -weight[..., 0].sum() / len(y), transposed(g), product, objective
+    return -y[..., -1].sum() / len(y), transposed(g), product, objective
 
 
 def conjugate_gradient(product, b, iterations, tolerance=1e-10):
@@ -485,9 +462,8 @@ def trust_region_step(theta, value, gradient, product, objective, max_kl, cg_ste
 
 # The experiments -------------------------------------------------------------------------------
 
-# The settings of the authors' results (not all are the paper's). `usual` has what the baselines differ in.
-TASKS, FLOATS = maml.RL_TASKS, maml.FLOATS
-count, whole, rate = maml.count, maml.whole, maml.rate
+# The settings of the authors' results (not all are the paper's).
+TASKS, FLOATS, count, whole, rate = maml.RL_TASKS, maml.FLOATS, maml.count, maml.whole, maml.rate
 share = maml.number(float, 0, "share (0 to 1)", high=1)
 # fmt: off
 SETTINGS = maml.table_of(  # what a checkpoint keeps
@@ -585,8 +561,8 @@ def adaptation(settings, loss, theta, trajectories, rates, goals, seeds):
         batches = [(x[i : i + 1, steps], y[i : i + 1, steps]) for i, steps in enumerate(taken)]
         yield episodes, batches
         if rate is not None:
-            slopes = [loss.grad(theta[i : i + 1], *batch) for i, batch in enumerate(batches)]
-            theta = theta - rate * np.concatenate(slopes)
+            slopes = maml.threads()(loss.grad, theta[:, None], *zip(*batches))
+            theta = theta - rate * np.concatenate([*slopes])
 
 
 def experience(*given):
@@ -600,42 +576,34 @@ def returns_along(*given):
     return np.stack([episodes.returns() for episodes, _ in adaptation(*given)]).astype(float)
 
 
-@functools.cache
+@cache
 def processes():
-    """A pool of processes, one a core, for what holds Python's lock: started when first used."""
-    return maml.process_pool(maml.cores())
+    """map on a process for each core: threads would wait for Python's lock between calls into MuJoCo."""
+    return partial(maml.pool_map, maml.process_pool(maml.cores()), maml.cores())
 
 
 class Experiment:
     """A distribution of goals, its environment and policy, and the method that learns it, by name."""
 
     columns, watched = ("before", "after", "kl", "backtracks", "validation"), "return"
-    log_every, save_every, keeps_best, spreads = 1, 10, True, True
+    log_every, save_every, smoothed, keeps_best, spreads, validation = 1, 10, 1, True, True, ""
     metric_name, scale, digits, threshold, worst = "return", 1, 1, np.inf, -np.inf
     heading = "return: mean ± 95 % interval"
+    stream = maml.Experiment.stream
 
     def __init__(self, settings):
         self.settings, self.method = settings, settings["method"]
         self.alpha = settings["alpha"]
+        self.usual = {row.name: row.defaults[settings["task"]] for row in EVALUATION}
         inputs, actions, goal = SIZES[settings["task"].split("-")[0]]
         inputs += goal if self.method == "oracle" else 0
         self.policy = gaussian_policy(inputs, actions, (settings["hidden"],) * 2)
         self.loss = nets.Loss(self.policy, PolicyGradient())
-        self.threads = ThreadPoolExecutor(maml.cores(), initializer=partial(np.seterr, all="ignore")).map
-        self.map = map if settings["task"] == "navigation" else self.on_processes
+        self.map = map if settings["task"] == "navigation" else processes()
         self.picture = "paths" if settings["task"] == "navigation" else "body"
-
-    @staticmethod
-    def on_processes(function, *columns):
-        """map on a process for each core: threads would wait for Python's lock between calls into MuJoCo."""
-        return maml.pool_map(processes(), maml.cores(), function, *columns)
 
     def open(self, data, asked):
         environment_of(self.settings, test_goals(self.settings["task"], 1), 1)
-
-    def stream(self, purpose):
-        """The seed's generator for one purpose, so that all methods meet the same goals."""
-        return np.random.default_rng([self.settings["seed"], maml.STREAMS.index(purpose)])
 
     def start(self):
         return maml.State.start(self.policy.init(self.stream("init"), self.settings["dtype"]), moments=0)
@@ -654,15 +622,11 @@ class Experiment:
         """One outer update: -> theta, (return before, return after, KL, backtracks, steps taken)."""
         s = self.settings
         goals = drawn_goals(s["task"], rng, s["meta_batch"])
-        parcels = self.spread(experience, theta, s["trajectories"], self.rates(s["steps"]), goals, rng, map)
-        returns = np.concatenate([returns for returns, _ in parcels], axis=1)
-        batches = [batch for _, parcel in parcels for batch in parcel]
-        problem = outer_problem(self.loss, self.alpha, s["order"], theta, batches, self.threads)
-        before, after = returns[[0, -1]].mean(axis=1)
-        if not (np.isfinite([before, after]).all() and np.isfinite(problem[1]).all()):
-            raise FloatingPointError(
-                f"returns of {before} and {after}, or a meta-gradient that is not finite"
-            )
+        given = theta, s["trajectories"], self.rates(s["steps"]), goals, rng, map
+        returns, parcels = zip(*self.spread(experience, *given))
+        batches = [batch for parcel in parcels for batch in parcel]
+        problem = outer_problem(self.loss, self.alpha, s["order"], theta, batches, maml.threads())
+        before, after = np.concatenate(returns, axis=1)[[0, -1]].mean(axis=1)
         constants = (s[name] for name in ("max_kl", "cg_steps", "damping", "backtrack", "tries"))
         theta, tries, divergence = trust_region_step(theta, *problem, *constants)
         taken = sum(x.shape[1] for batch in batches for x, _ in batch)
@@ -679,18 +643,17 @@ class Experiment:
         return state, (*outcome, taken / (time.monotonic() - began))
 
     def measure(self, state, outcome):
-        *outcome, speed = outcome
-        before, after, divergence, tries = outcome
+        before, after, divergence, tries, speed = outcome
         score = self.score(state.theta) if state.iteration % VALIDATE_EVERY == 0 else None
-        text = f"{before:.1f} before, {after:.1f} after adaptation, KL {divergence:.4f}, "
-        text += f"{tries} backtracks" if tries < self.settings["tries"] else "no step accepted: theta kept"
-        text += f", {speed:.3g} env-steps/s"
-        return (*outcome, "" if score is None else score), text, score
+        self.validation = self.validation if score is None else f"  validation {score:.1f}"
+        text = f"({before:.1f} before adaptation)  KL {divergence:.4f}  {speed:,.0f} env-steps/s"
+        text += "  no step accepted: theta kept" * (tries == self.settings["tries"]) + self.validation
+        return (before, after, divergence, tries, "" if score is None else score), text, score
 
     def score(self, theta):
         """What selects the best checkpoint: the return on validation goals after the steps of the table."""
-        steps, shrink = (row.defaults[self.settings["task"]] for row in EVALUATION[2:])
-        curve = self.curve(theta, "validation", VALIDATION_TASKS, VALIDATION_TRAJECTORIES, steps, shrink)
+        _, _, *how = self.usual.values()
+        curve = self.curve(theta, "validation", VALIDATION_TASKS, VALIDATION_TRAJECTORIES, *how)
         return curve[1 if self.method == "maml" else 0 :].mean()
 
     def curve(self, theta, purpose, count, trajectories, steps, shrink):
@@ -701,23 +664,20 @@ class Experiment:
         return np.concatenate(self.spread(returns_along, *given), axis=1)
 
     def test(self, theta, asked):
-        tasks, trajectories, steps, shrink = asked.values()
-        yield trajectories, self.curve(theta, "test", tasks, trajectories, steps, shrink)
+        yield asked["eval_trajectories"], self.curve(theta, "test", *asked.values())
 
     def published(self, trajectories):
-        task = self.settings["task"]
-        theirs = trajectories == EVALUATION[1].defaults[task]
-        return dict(enumerate(PAPER.get((task, self.method), ()))) if theirs else {}
+        figures = PAPER.get((self.settings["task"], self.method), ())
+        return dict(enumerate(figures)) if trajectories == self.usual["eval_trajectories"] else {}
 
     def rates(self, steps, shrink=1):
         """The size of each inner step: alpha, then alpha · shrink. The oracle is not adapted."""
         return [] if self.method == "oracle" else [self.alpha * (shrink if s else 1) for s in range(steps)]
 
 
-experiment_of = Experiment
-
-
 # The command line ------------------------------------------------------------------------------
+
+experiment_of = Experiment
 
 
 def build_parser():
@@ -738,106 +698,95 @@ def settings_of(args):
     """What a checkpoint keeps, from the flags and the task's defaults."""
     named = maml.task_and_method(args, TASKS)
     task, method = named.values()
-    usual = {}
-    if method != "maml":
-        if args.steps:
-            raise maml.Unusable(
-                f"--steps is for --method maml; --baseline {method} trains with no inner step"
-            )
-        usual = {"steps": 0, **ALPHA[method].get(task, {})}
+    usual = {} if method == "maml" else {"steps": 0, **ALPHA[method].get(task, {})}
+    if args.steps and method != "maml":
+        raise maml.Unusable(f"--steps is for --method maml; --baseline {method} trains with no inner step")
     if args.backtrack in (0, 1):
-        raise maml.Unusable(
-            f"--backtrack {args.backtrack} never shortens a step; give a number between 0 and 1"
-        )
+        raise maml.Unusable(f"--backtrack {args.backtrack} never shortens a step; give one between 0 and 1")
     return named | maml.settled(SETTINGS, task, args, usual, {})
 
 
 # Pictures --------------------------------------------------------------------------------------
 
+# Gradient steps after which the policy is shown, in colours that the colour-blind can tell apart.
+SHOWN = {0: ("before", "#999999"), 1: ("after 1 step", "#56b4e9"), 3: ("after 3 steps", "#0072b2")}
+
 
 def plot(models, curves, log):
-    """The return against gradient steps; paths of navigation, or pictures of the body where OpenGL is."""
-    if models[0][0].picture == "paths":
-        canvas = maml.canvas_of(12, 3.1 * len(models) + 0.6)
-        left, right = canvas.subfigures(1, 2, width_ratios=[3, 1.3])
-        plot_paths(left, models)
-    else:
-        strips = [strip for strip in (filmed(*model) for model in models) if strip is not None]
-        canvas = maml.canvas_of(12, 3.6 + 2 * len(strips))
-        ratios = [1.8] + [1] * len(strips)
-        right, *below = canvas.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
-        for part, (title, frames) in zip(below, strips):
-            part.suptitle(title, fontsize=10)
-            for axes, (seconds, metres, picture) in zip(part.subplots(1, len(frames)), frames):
-                axes.imshow(picture)
-                axes.set_axis_off()
-                axes.set_title(f"{seconds:.1f} s, {metres:+.1f} m", fontsize=9)
+    """What policies do on test tasks before and after adaptation, and the return against gradient steps."""
+    draw, height = {"paths": (plot_paths, 3.4), "body": (plot_bodies, 6)}[models[0][0].picture]
+    canvas = maml.canvas_of(12, height * len(models) + 0.4)
+    left, right = canvas.subfigures(1, 2, width_ratios=[3.2, 1])
+    for part, model in zip(left.subfigures(len(models), 1, squeeze=False)[:, 0], models):
+        draw(part, *model)
+    drawn = [zip(*axes.get_legend_handles_labels()) for axes in canvas.axes]
+    lines = {label: line for pairs in drawn for line, label in pairs}
+    left.legend(lines.values(), lines.keys(), ncols=5, loc="outside lower center", frameon=False)
     maml.panel(right.subplots(), maml.middles(curves, 1), "return")
     return canvas
 
 
-def plot_paths(canvas, models):
-    """Paths before and after adaptation on three test goals, a row a model."""
-    shown = {0: ("before", "#95a5a6"), 1: ("after 1 step", "#5dade2"), 3: ("after 3 steps", "#1a5276")}
-    for row, (experiment, learned) in zip(canvas.subplots(len(models), 3, squeeze=False), models):
-        s, goals = experiment.settings, test_goals(experiment.settings["task"], 3)
-        rates, rng = experiment.rates(3, EVALUATION[3].defaults[s["task"]]), experiment.stream("test")
-        (along,) = experiment.spread(adaptation, learned, s["trajectories"], rates, goals, rng, map)
-        kept = [(*shown[step], episodes) for step, (episodes, _) in enumerate(along) if step in shown]
-        for column, (axes, goal) in enumerate(zip(row, goals)):
-            for name, color, episodes in kept:
-                for i in range(min(3, s["trajectories"])):
-                    steps = int(episodes.mask[column, i].sum())
-                    path = episodes.observations[column, i, :steps, :2]
-                    axes.plot(*path.T, color=color, lw=1, alpha=0.8, label=name if i == 0 else None)
-            axes.plot(*goal, "*", color="#c0392b", ms=11, label="goal")
-            axes.plot(0, 0, "ko", ms=4, label="start")
-            axes.set(xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), aspect="equal")
-            axes.set_title(s["method"] if column == 0 else "", loc="left", fontsize=10)
-    canvas.legend(
-        *axes.get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower left", frameon=False
-    )
+def behaviour(experiment, learned, goals, steps):
+    """Episodes of these tasks after so many gradient steps each: [(name, colour, Episodes)]."""
+    rates = experiment.rates(max(steps), experiment.usual["eval_shrink"])
+    given = learned, experiment.settings["trajectories"], rates, goals, experiment.stream("test"), map
+    (along,) = experiment.spread(adaptation, *given)
+    shown = [(*SHOWN[step], episodes) for step, (episodes, _) in enumerate(along) if step in steps]
+    return shown if rates else [("not adapted", *shown[0][1:])]
 
 
-def filmed(experiment, learned):
-    """One trajectory adapted to the first test task: -> title, `pictures`; None without OpenGL.
-
-    In a process of its own, which EGL must be named to before MuJoCo is imported, and which a driver may end.
-    """
-    settings, rng = experiment.settings, experiment.stream("test")
-    goals, rates = test_goals(settings["task"], 1), experiment.rates(1)
-    given = learned, settings["trajectories"], rates, goals, rng
-    if not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    try:
-        with maml.process_pool(1) as pool:
-            (frames,) = experiment.spread(pictures, *given, pool.map)
-    except Exception as error:  # whatever the driver says
-        maml.tell(f"--plot: no pictures of the body ({maml.tasks.one_line(error)})")
-        return None
-    title = f"{settings['task']}, {settings['method']}, goal {goals[0]:.3g}"
-    return title + ", after 1 step" * len(rates), frames
+def plot_paths(canvas, experiment, learned):
+    """Paths of navigation's point to three test goals, two of each."""
+    goals, grid = test_goals("navigation", 3), canvas.subplots(1, 3, sharey=True)
+    for name, color, episodes in behaviour(experiment, learned, goals, SHOWN):
+        for axes, observations, mask in zip(grid, episodes.observations, episodes.mask):
+            for path, taken in zip(observations[:2], mask):
+                axes.plot(*path[taken > 0, :2].T, color=color, lw=1.3, label=name)
+    for axes, goal in zip(grid, goals):
+        axes.plot(0, 0, "ko", ms=6, label="start")
+        axes.plot(*goal, "*", color="#d55e00", mec="white", ms=15, label="goal")
+        axes.set(xlim=(-0.75, 0.75), ylim=(-0.75, 0.75), aspect="equal", xlabel="x")
+    grid[0].set(ylabel="y", title=experiment.method)
 
 
-def pictures(settings, loss, theta, trajectories, rates, goals, seeds, count=6):
-    """Moments of the last of `adaptation`'s trajectories: [(seconds, metres, picture [h, w, 3])]."""
-    *_, (episodes, _) = adaptation(settings, loss, theta, trajectories, rates, goals, seeds)
-    environment = environment_of(settings, goals, trajectories)
-    environment.reset(np.random.default_rng(seeds[-1]))
-    states = []
-    for t in range(int(episodes.mask[0, 0].sum())):
-        states.append(environment.states[0].copy())
-        environment.step(episodes.actions[:, :, t])
+def plot_bodies(canvas, experiment, learned):
+    """A body from the side, time downwards: before, and adapted to the least and the greatest test goal."""
+    s, goals = experiment.settings, np.sort(test_goals(experiment.settings["task"], 40))[[0, -1]]
+    *before, (name, _, after) = behaviour(experiment, learned, goals, (0, 1))
+    shown = [(*one, 0) for one in before]
+    environment = environment_of(s, goals, 1)
+    what = {"dir": "direction", "vel": "velocity"}[environment.kind]
+    for i, color in enumerate(("#0072b2", "#d55e00")):
+        shown.append((f"{name}, {what} {goals[i]:+.2g}", color, after, i))
+    moments, axes = np.ceil(np.arange(1, 5) * s["horizon"] / 4).astype(int), canvas.subplots()
+    for label, color, episodes, task in shown:
+        for row, t in enumerate(np.minimum(moments, int(episodes.mask[task, 0].sum()))):
+            for part in outlines(environment, episodes.observations[task, 0, t - 1]):
+                axes.fill(*(part - [0, 1.3 * row]).T, color=color, ec="white", lw=0.4, label=label)
+    ground, seconds = -1.3 * np.arange(4), moments * environment.model.opt.timestep * s["frame_skip"]
+    axes.hlines(ground, 0, 1, color="black", lw=1, transform=axes.get_yaxis_transform())
+    axes.axvline(0, color="black", lw=1, ls=":", label="start")
+    axes.set(yticks=ground, yticklabels=[f"{second:.1f} s" for second in seconds])
+    axes.set(xlabel="metres", title=f"{s['task']}, {experiment.method}", aspect="equal", adjustable="datalim")
+    axes.grid(axis="x", lw=0.5)
+    axes.spines[:].set_visible(False)
+
+
+def outlines(environment, observation):
+    """A body's capsules and spheres as observed, from the side: corners [parts, 18, 2], x and z in m."""
     mujoco, model, simulation = environment.mujoco, environment.model, environment.simulation
-    frames = []
-    with mujoco.Renderer(model, 200, 300) as renderer:
-        for t in np.linspace(0, len(states) - 1, count).astype(int):
-            mujoco.mj_setState(model, simulation, states[t], environment.kept)
-            mujoco.mj_forward(model, simulation)
-            renderer.update_scene(simulation, camera="track")
-            seconds = t * model.opt.timestep * settings["frame_skip"]
-            frames.append((seconds, states[t][0], renderer.render()))
-    return frames
+    hidden = [] if environment.ant else [0]  # the cheetah's x, which its centre of mass tells
+    simulation.qpos[:] = [*hidden, *observation][: model.nq]
+    mujoco.mj_kinematics(model, simulation)
+    mujoco.mj_comPos(model, simulation)
+    moved = observation[: 125 if environment.ant else 20][-3:] - simulation.subtree_com[1]
+    parts = model.geom_bodyid > 0
+    radius, half = model.geom_size[parts, :2].T[..., None, None]
+    middle = (simulation.geom_xpos[parts] + moved)[:, None, ::2]
+    axis = half * simulation.geom_xmat[parts][:, None, [2, 8]]
+    angle = np.arctan2(axis[..., 1], axis[..., 0]) + np.linspace(-np.pi / 2, np.pi / 2, 9)
+    arc = radius * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    return np.concatenate([middle + axis + arc, middle - axis - arc], axis=1)
 
 
 if __name__ == "__main__":
