@@ -491,13 +491,14 @@ def scaling():
     compute = {"MiniImagenet": speed_up("MiniImagenet 5-way, threads", mini_gradient, mini.map) / 4}
     traffic = {"MiniImagenet": 2 * 4 * mini.network.size}
     navigation = rl_experiment("navigation")
-    threads, theta = navigation.threads, navigation.start().theta
+    threads, theta = maml.threads, navigation.start().theta
 
     def iteration(map):
-        navigation.threads = map
+        maml.threads = lambda: map
         return navigation.meta_iteration(theta, np.random.default_rng(0))[0]
 
-    speed_up("navigation, threads", iteration, threads)
+    speed_up("navigation, threads", iteration, threads())
+    maml.threads = threads
     with maml.process_pool(2) as pool:
         both = partial(maml.pool_map, pool, 2)
         for task in ("cheetah-dir", "ant-dir") if optional("mujoco") and optional("gymnasium") else ():
