@@ -2808,7 +2808,7 @@ def test_a_function_can_be_copied_out_with_what_the_readme_says_it_needs():
 
 def test_readme_examples_run_and_learn(folder):
     (example,) = [block for block in blocks("python") if not block.startswith("def adapt")]
-    assert len(example.splitlines()) <= 27
+    assert len(example.splitlines()) <= 25
     names = {}
     exec(example, names)
     assert names["curve"][1] < 0.6 * names["curve"][0] and names["curve"][3] < names["curve"][1]
