@@ -303,8 +303,7 @@ def rollout(environment, policy, theta, rng):
 
 def discounted(x, discount):
     """y_t = x_t + discount y_{t+1}, 0 beyond the horizon; x [..., H] -> [..., H]."""
-    y = np.zeros_like(x)
-    total = np.zeros(x.shape[:-1], x.dtype)
+    y, total = np.zeros_like(x), 0
     for t in reversed(range(x.shape[-1])):
         y[..., t] = total = x[..., t] + discount * total
     return y
@@ -429,8 +428,7 @@ def task_problem(loss, alpha, order, theta, batches):
 
 def conjugate_gradient(product, b, iterations, tolerance=1e-10):
     """x with product(x) = b, from 0, until |r|² < tolerance: -> x, r = b - product(x) by the recursion."""
-    x, r, p = np.zeros_like(b), b, b
-    rr = r @ r
+    x, r, p, rr = np.zeros_like(b), b, b, b @ b
     for _ in range(iterations if rr else 0):
         z = product(p)
         step = rr / (p @ z)
@@ -495,11 +493,10 @@ EVALUATION = maml.table_of(  # may differ at every evaluation
     ("eval_steps",        whole, 3,   3,   3,   3,   3,    "gradient steps, up to which it goes"),
     ("eval_shrink",       rate,  0.5, 0.5, 0.5, 0.5, 0.01, "factor of alpha after the first"),
 )
-# The step sizes with which the authors adapt what was not meta-trained.
-ALPHA = {
-    "pretrained": {task: {"alpha": alpha} for task, alpha in zip(TASKS, (0.5, 0.02, 0.2, 0.2, 0.2))},
-    "random":     {task: {"alpha": alpha} for task, alpha in zip(TASKS, (0.5, 0.1,  0.5, 0.5, 0.5))},
-    "oracle":     {},
+ALPHA = {  # with which the authors adapt what was not meta-trained
+    "pretrained": (0.5, 0.02, 0.2, 0.2, 0.2),
+    "random":     (0.5, 0.1,  0.5, 0.5, 0.5),
+    "oracle":     (0.5, 0.1,  0.1, 0.1, 0.1),
 }
 # fmt: on
 SIZES = {"navigation": (2, 2, 2), "cheetah": (20, 6, 1), "ant": (125, 8, 1)}  # observation, action, goal
@@ -592,11 +589,10 @@ class Experiment:
     stream = maml.Experiment.stream
 
     def __init__(self, settings):
-        self.settings, self.method = settings, settings["method"]
-        self.alpha = settings["alpha"]
+        self.settings, self.method, self.alpha = settings, settings["method"], settings["alpha"]
         self.usual = {row.name: row.defaults[settings["task"]] for row in EVALUATION}
         inputs, actions, goal = SIZES[settings["task"].split("-")[0]]
-        inputs += goal if self.method == "oracle" else 0
+        inputs += goal * (self.method == "oracle")
         self.policy = gaussian_policy(inputs, actions, (settings["hidden"],) * 2)
         self.loss = nets.Loss(self.policy, PolicyGradient())
         self.map = map if settings["task"] == "navigation" else processes()
@@ -698,7 +694,7 @@ def settings_of(args):
     """What a checkpoint keeps, from the flags and the task's defaults."""
     named = maml.task_and_method(args, TASKS)
     task, method = named.values()
-    usual = {} if method == "maml" else {"steps": 0, **ALPHA[method].get(task, {})}
+    usual = {} if method == "maml" else {"steps": 0, "alpha": ALPHA[method][TASKS.index(task)]}
     if args.steps and method != "maml":
         raise maml.Unusable(f"--steps is for --method maml; --baseline {method} trains with no inner step")
     if args.backtrack in (0, 1):
@@ -719,8 +715,7 @@ def plot(models, curves, log):
     left, right = canvas.subfigures(1, 2, width_ratios=[3.2, 1])
     for part, model in zip(left.subfigures(len(models), 1, squeeze=False)[:, 0], models):
         draw(part, *model)
-    drawn = [zip(*axes.get_legend_handles_labels()) for axes in canvas.axes]
-    lines = {label: line for pairs in drawn for line, label in pairs}
+    lines = {label: line for axes in canvas.axes for line, label in zip(*axes.get_legend_handles_labels())}
     left.legend(lines.values(), lines.keys(), ncols=5, loc="outside lower center", frameon=False)
     maml.panel(right.subplots(), maml.middles(curves, 1), "return")
     return canvas
@@ -775,11 +770,11 @@ def plot_bodies(canvas, experiment, learned):
 def outlines(environment, observation):
     """A body's capsules and spheres as observed, from the side: corners [parts, 18, 2], x and z in m."""
     mujoco, model, simulation = environment.mujoco, environment.model, environment.simulation
-    hidden = [] if environment.ant else [0]  # the cheetah's x, which its centre of mass tells
-    simulation.qpos[:] = [*hidden, *observation][: model.nq]
+    size, known = (125, 15) if environment.ant else (20, 8)  # all but x, which the centre of mass tells
+    simulation.qpos[-known:] = observation[:known]
     mujoco.mj_kinematics(model, simulation)
     mujoco.mj_comPos(model, simulation)
-    moved = observation[: 125 if environment.ant else 20][-3:] - simulation.subtree_com[1]
+    moved = observation[size - 3 : size] - simulation.subtree_com[1]
     parts = model.geom_bodyid > 0
     radius, half = model.geom_size[parts, :2].T[..., None, None]
     middle = (simulation.geom_xpos[parts] + moved)[:, None, ::2]
