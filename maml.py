@@ -1155,6 +1155,8 @@ def meta_train(experiment, state, best, rng, args, module):
     settings, save, final = experiment.settings, args.save or args.resume, best
     iterations = iterations_of(settings)
     log = args.log and Log(args.log, experiment.columns, state.iteration, experiment.log_every)
+    if save and best.score > -np.inf:
+        save_weights(best_of(save), settings, best.theta, best.iteration)
     with (
         interruptible(module) as asked,
         Progress(state.iteration, iterations, experiment.watched, experiment.smoothed) as progress,
