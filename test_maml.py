@@ -43,6 +43,7 @@ from autograd import grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import assets.tables
 import maml
 import nets
 import rl
@@ -2311,6 +2312,14 @@ def test_readme_examples_run_and_learn(folder):
     assert names["curve"][1] < 0.6 * names["curve"][0] and names["curve"][3] < names["curve"][1]
     assert np.array_equal(names["theta"], names["state"].theta)
     assert error(names["predicted"], names["y"]) < 1
+
+
+def test_the_readmes_figures_are_those_of_the_weights():
+    models = sorted((HERE / "assets/weights").glob("*.npz"))
+    lines = README.splitlines()
+    for model in models:
+        assert any(line.startswith(assets.tables.row(model)) for line in lines), model
+    assert len(models) > 1 and sum(model.stat().st_size for model in models) < 5e6
 
 
 def test_readme_commands_are_understood():
