@@ -710,13 +710,13 @@ SHOWN = {0: ("before", "#999999"), 1: ("after 1 step", "#56b4e9"), 3: ("after 3 
 
 def plot(models, curves, log):
     """What policies do on test tasks before and after adaptation, and the return against gradient steps."""
-    draw, height = {"paths": (plot_paths, 3.4), "body": (plot_bodies, 6)}[models[0][0].picture]
+    draw, height = {"paths": (plot_paths, 3.6), "body": (plot_bodies, 6.4)}[models[0][0].picture]
     canvas = maml.canvas_of(12, height * len(models) + 0.4)
-    left, right = canvas.subfigures(1, 2, width_ratios=[3.2, 1])
+    left, right = canvas.subfigures(1, 2, width_ratios=[2.8, 1])
     for part, model in zip(left.subfigures(len(models), 1, squeeze=False)[:, 0], models):
         draw(part, *model)
     lines = {label: line for axes in canvas.axes for line, label in zip(*axes.get_legend_handles_labels())}
-    left.legend(lines.values(), lines.keys(), ncols=5, loc="outside lower center", frameon=False)
+    left.legend(lines.values(), lines.keys(), ncols=6, loc="outside lower center", frameon=False)
     maml.panel(right.subplots(), maml.middles(curves, 1), "return")
     return canvas
 
@@ -727,7 +727,7 @@ def behaviour(experiment, learned, goals, steps):
     given = learned, experiment.settings["trajectories"], rates, goals, experiment.stream("test"), map
     (along,) = experiment.spread(adaptation, *given)
     shown = [(*SHOWN[step], episodes) for step, (episodes, _) in enumerate(along) if step in steps]
-    return shown if rates else [("not adapted", *shown[0][1:])]
+    return shown if rates else [("not adapted", "#009e73", shown[0][-1])]
 
 
 def plot_paths(canvas, experiment, learned):
@@ -757,8 +757,8 @@ def plot_bodies(canvas, experiment, learned):
     for label, color, episodes, task in shown:
         for row, t in enumerate(np.minimum(moments, int(episodes.mask[task, 0].sum()))):
             for part in outlines(environment, episodes.observations[task, 0, t - 1]):
-                axes.fill(*(part - [0, 1.3 * row]).T, color=color, ec="white", lw=0.4, label=label)
-    ground, seconds = -1.3 * np.arange(4), moments * environment.model.opt.timestep * s["frame_skip"]
+                axes.fill(*(part - [0, 1.5 * row]).T, color=color, ec="white", lw=0.4, label=label)
+    ground, seconds = -1.5 * np.arange(4), moments * environment.model.opt.timestep * s["frame_skip"]
     axes.hlines(ground, 0, 1, color="black", lw=1, transform=axes.get_yaxis_transform())
     axes.axvline(0, color="black", lw=1, ls=":", label="start")
     axes.set(yticks=ground, yticklabels=[f"{second:.1f} s" for second in seconds])
