@@ -710,7 +710,7 @@ SHOWN = {0: ("before", "#999999"), 1: ("after 1 step", "#56b4e9"), 3: ("after 3 
 
 def plot(models, curves, log):
     """What policies do on test tasks before and after adaptation, and the return against gradient steps."""
-    draw, height = {"paths": (plot_paths, 3.6), "body": (plot_bodies, 6.4)}[models[0][0].picture]
+    draw, height = {"paths": (plot_paths, 3.1), "body": (plot_bodies, 6.4)}[models[0][0].picture]
     canvas = maml.canvas_of(12, height * len(models) + 0.4)
     left, right = canvas.subfigures(1, 2, width_ratios=[2.8, 1])
     for part, model in zip(left.subfigures(len(models), 1, squeeze=False)[:, 0], models):
