@@ -45,8 +45,17 @@ class Network:
         self.size = stops[-1]
 
     def init(self, rng, dtype=np.float32):
-        """theta [P] at the start of training, drawn as each layer says."""
-        return np.concatenate([layer.init(rng) for layer in self.layers]).astype(dtype)
+        """theta [P] at the start of training: weights as their layer draws them, vectors zero."""
+        starts = [
+            layer.draw(rng, shape) if len(shape) > 1 else np.zeros(shape)
+            for layer in self.layers
+            for shape in layer.shapes.values()
+        ]
+        return self.flatten(dict(zip(self.shapes, starts))).astype(dtype)
+
+    def flatten(self, arrays):
+        """{name: array [*shape]} -> theta [P], the inverse of `unflatten`."""
+        return np.concatenate([arrays[name].ravel() for name in self.shapes])
 
     def unflatten(self, theta):
         """theta [P] or [T, P] -> {name: array [..., *shape]}, views of theta; autograd can trace it."""
@@ -121,19 +130,19 @@ class Network:
         return x.reshape(x.shape[:2] + self.inputs)
 
 
-def mlp(sizes, normalize=False, draw=None):
-    """Multi-layer perceptron, sizes = (inputs, hidden, ..., outputs), ReLU after each hidden layer.
+def mlp(sizes, normalize=False, draw=None, activation=None):
+    """Multi-layer perceptron, sizes = (inputs, hidden, ..., outputs), hidden layers with `Relu` or `Tanh`.
 
-    theta is w1 b1 w2 b2 ...; with `normalize` (batch norm before each ReLU) w1 beta1 ... w b. Weights
+    theta is w1 b1 w2 b2 ...; with `normalize` (batch norm before the activation) w1 beta1 ... w b. Weights
     start as draw(rng, shape), by default the authors' `truncated_normal`; the rest zero.
     """
-    draw = draw or truncated_normal
+    draw, activation = draw or truncated_normal, activation or Relu
     layers, last = [], len(sizes) - 1
     for i in range(1, last):
         bias = () if normalize else (f"b{i}",)
         layers += [Dense(sizes[i - 1], sizes[i], (f"w{i}", *bias), draw, first=i == 1)]
         layers += [BatchNorm(sizes[i], f"beta{i}")] if normalize else []
-        layers += [Relu()]
+        layers += [activation()]
     layers += [Dense(sizes[-2], sizes[-1], (f"w{last}", f"b{last}"), draw, first=last == 1)]
     return Network(layers, (sizes[0],), (sizes[-1],))
 
@@ -199,12 +208,14 @@ def _times(a, w):
 def _transposed_times(a, u, out):
     """aᵀ u: a [T, m, in], u [T, m, out] -> [T, in, out], or its sum over tasks where out is [in, out].
 
-    The sum takes one product per group of tasks, of about 64 rows: many rows to a small result are slow.
+    The sum takes one product per group of tasks, of up to 500 rows: more to a small result are slow.
     """
     if out.ndim == 3:
         return np.matmul(a.mT, u, out=out)
     tasks, n = a.shape[:2]
-    group = max(size for size in range(1, 2 + 64 // n) if tasks % size == 0)
+    if tasks * n <= 500:
+        return np.matmul(a.reshape(tasks * n, -1).T, u.reshape(tasks * n, -1), out=out)
+    group = max(size for size in range(1, 2 + 500 // n) if tasks % size == 0)
     a, u = (array.reshape(tasks // group, group * n, -1) for array in (a, u))
     return np.matmul(a.mT, u).sum(axis=0, out=out)
 
@@ -228,10 +239,6 @@ class Dense:
         self.bias, self.draw, self.first = len(names) == 2, draw, first
         self.shapes = dict(zip(names, [(inputs, outputs), (outputs,)]))
         self.view = (inputs + self.bias, outputs)
-
-    def init(self, rng):
-        w, *b = self.shapes.values()
-        return np.concatenate([self.draw(rng, w).ravel(), *map(np.zeros, b)])
 
     def apply(self, x, w, b=None):
         out = anp.matmul(x, w)
@@ -281,9 +288,6 @@ class _Fixed:
 
     shapes, view = {}, None
 
-    def init(self, rng):
-        return np.zeros(0)
-
 
 class Relu(_Fixed):
     """out = max(x, 0): linear between its kinks, where M multiplies by the mask x > 0."""
@@ -300,6 +304,23 @@ class Relu(_Fixed):
         return _linear(x * mask, masked, masked)
 
 
+class Tanh(_Fixed):
+    """out = tanh x, with slope 1 - out² and bend -2 out (1 - out²): d_below = slope du + bend dx u."""
+
+    def apply(self, x):
+        return anp.tanh(x)
+
+    def forward(self, _, x):
+        out = np.tanh(x)
+        slope = 1 - out * out
+        bend = -2 * out * slope
+
+        def backward(u, _):
+            return slope * u, lambda _, dx: (slope * dx, lambda du, _: slope * du + bend * dx * u)
+
+        return out, backward
+
+
 class MaxPool(_Fixed):
     """out = the largest of each 2x2 block, stride 2; a last odd row or column is dropped.
 
@@ -307,9 +328,7 @@ class MaxPool(_Fixed):
     """
 
     def apply(self, x):
-        tasks, n, h, w, c = x.shape
-        quads = anp.reshape(x[:, :, : h // 2 * 2, : w // 2 * 2], (tasks, n, h // 2, 2, w // 2, 2, c))
-        return anp.max(quads, axis=(3, 5))
+        return anp.max(anp.stack(_quads(x)), axis=0)
 
     def forward(self, _, x):
         (tasks, n, h, w, c), shape = x.shape, x.shape
@@ -391,9 +410,6 @@ class BatchNorm:
     def __init__(self, channels, name):
         self.shapes, self.view = {name: (channels,)}, (channels,)
 
-    def init(self, rng):
-        return np.zeros(self.view)
-
     def apply(self, x, beta):
         axes = tuple(range(1, x.ndim - 1))
         centred = x - anp.mean(x, axis=axes, keepdims=True)
@@ -450,18 +466,15 @@ class Conv:
     closed form is out = a w with a = unfold(x), the patches of 3x3 pixels as rows; dL/dx = unfoldᵀ(u wᵀ).
     """
 
+    draw = staticmethod(glorot_uniform)
+
     def __init__(self, inputs, outputs, name, stride):
         self.stride = stride
         self.shapes, self.view = {name: (3, 3, inputs, outputs)}, (9 * inputs, outputs)
 
-    def init(self, rng):
-        return np.concatenate([glorot_uniform(rng, shape).ravel() for shape in self.shapes.values()])
-
     def apply(self, x, w):
-        (height, top, bottom), (width, left, right) = (_same(size, self.stride) for size in x.shape[2:4])
-        x = anp.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right), (0, 0)), "constant")
-        rows = [slice(i, i + self.stride * (height - 1) + 1, self.stride) for i in range(3)]
-        columns = [slice(j, j + self.stride * (width - 1) + 1, self.stride) for j in range(3)]
+        (_, tall, rows), (_, wide, columns) = (_same(size, self.stride) for size in x.shape[2:4])
+        x = anp.pad(x, ((0, 0), (0, 0), tall, wide, (0, 0)), "constant")
         patches = anp.concatenate([x[:, :, i, j] for i in rows for j in columns], axis=-1)
         w = anp.reshape(w, w.shape[:-4] + (1,) * (w.ndim - 4) * 2 + self.view)
         return anp.matmul(patches, w)
@@ -540,19 +553,28 @@ def _turned(w):
 
 
 def _same(size, stride):
-    """TensorFlow's "SAME" padding for three taps: -> output size, zeros before, zeros after."""
+    """TensorFlow's "SAME" padding: -> output size, zeros (before, after), what each of three taps reads."""
     out = -(-size // stride)
     total = max((out - 1) * stride + 3 - size, 0)
-    return out, total // 2, total - total // 2
+    taps = [slice(i, i + stride * (out - 1) + 1, stride) for i in range(3)]
+    return out, (total // 2, total - total // 2), taps
+
+
+def _padded(shape, stride, dtype):
+    """Zeros for images of shape [..., h, w, c] and their padding, the images' place in them, and
+    (out h, out w), and what each of the 3x3 taps reads."""
+    *lead, h, w, c = shape
+    (height, (top, bottom), rows), (width, (left, right), columns) = _same(h, stride), _same(w, stride)
+    padded = np.zeros((*lead, top + h + bottom, left + w + right, c), dtype)
+    inside = padded[..., top : top + h, left : left + w, :]
+    return padded, inside, (height, width), list(itertools.product(rows, columns))
 
 
 def _unfold(x, stride):
     """x [T, n, h, w, c] -> its zero-padded 3x3 patches as rows, [T, n·out h·out w, 9 c]."""
-    tasks, n, h, w, c = x.shape
-    (height, top, bottom), (width, left, right) = _same(h, stride), _same(w, stride)
-    padded = np.zeros((tasks, n, top + h + bottom, left + w + right, c), x.dtype)
-    padded[:, :, top : top + h, left : left + w] = x
-    st = padded.strides
+    padded, inside, (height, width), _ = _padded(x.shape, stride, x.dtype)
+    inside[...] = x
+    (tasks, n, *_, c), st = x.shape, padded.strides
     patches = np.lib.stride_tricks.as_strided(
         padded,
         (tasks, n, height, width, 3, 3 * c),
@@ -563,15 +585,11 @@ def _unfold(x, stride):
 
 def _fold(a, shape, stride):
     """The adjoint of `_unfold`: each pixel of x's shape sums what the patches hold of it."""
-    tasks, n, h, w, c = shape
-    (height, top, bottom), (width, left, right) = _same(h, stride), _same(w, stride)
-    padded = np.zeros((tasks, n, top + h + bottom, left + w + right, c), a.dtype)
-    a = a.reshape(tasks, n, height, width, 3, 3, c)
-    for i in range(3):
-        for j in range(3):
-            stop, end = i + stride * (height - 1) + 1, j + stride * (width - 1) + 1
-            padded[:, :, i:stop:stride, j:end:stride] += a[..., i, j, :]
-    return padded[:, :, top : top + h, left : left + w]
+    padded, inside, size, taps = _padded(shape, stride, a.dtype)
+    a = a.reshape(*shape[:2], *size, 9, shape[-1])
+    for k, (i, j) in enumerate(taps):
+        padded[:, :, i, j] += a[..., k, :]
+    return inside
 
 
 class FirstBlock:
@@ -589,12 +607,11 @@ class FirstBlock:
     A column of ones on a, as in `Dense`, stands for beta: [a, 1] [w̃; beta].
     """
 
+    draw = staticmethod(glorot_uniform)
+
     def __init__(self, inputs, outputs, names, stride):
         self.conv, self.norm = Conv(inputs, outputs, names[0], stride), BatchNorm(outputs, names[1])
         self.shapes, self.view = self.conv.shapes | self.norm.shapes, (9 * inputs + 1, outputs)
-
-    def init(self, rng):
-        return np.concatenate([self.conv.init(rng), self.norm.init(rng)])
 
     def apply(self, x, w, beta):
         return self.norm.apply(self.conv.apply(x, w), beta)
@@ -651,12 +668,12 @@ def _centred_patches(x, stride):
     one, and BLAS has a faster way with pieces of up to about 1000 rows.
     """
     tasks, n, h, w, c = x.shape
-    (height, top, bottom), (width, left, right) = _same(h, stride), _same(w, stride)
-    padded = np.zeros((tasks, c, n, top + h + bottom, left + w + right), x.dtype)
-    padded[:, :, :, top : top + h, left : left + w] = np.moveaxis(x, -1, 1)
-    taps = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (3, 4))[:, :, :, ::stride, ::stride]
+    padded, inside, (height, width), taps = _padded((tasks, c, n, h, w, 1), stride, x.dtype)
+    inside[..., 0] = np.moveaxis(x, -1, 1)
     a = np.empty((tasks, 9 * c + 1, n * height * width), x.dtype)
-    a[:, :-1].reshape(tasks, 3, 3, c, n, height, width)[...] = taps.transpose(0, 5, 6, 1, 2, 3, 4)
+    patches = a[:, :-1].reshape(tasks, 9, c, n, height, width)
+    for k, (i, j) in enumerate(taps):
+        patches[:, k] = padded[..., i, j, 0]
     a[:, :-1] -= a[:, :-1].mean(axis=-1, keepdims=True)
     a[:, -1] = 1
     lines = max(size for size in range(1, 2 + 1000 // width) if n * height % size == 0)

@@ -164,9 +164,6 @@ class LogStd:
     def __init__(self, actions):
         self.shapes, self.view = {"log_std": (actions,)}, (actions,)
 
-    def init(self, rng):
-        return np.zeros(self.view)
-
     def apply(self, x, w):
         return anp.concatenate([x, anp.maximum(w, LOWEST)[..., None, :] + anp.zeros_like(x)], axis=-1)
 
