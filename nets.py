@@ -561,7 +561,7 @@ def _same(size, stride):
 
 
 def _padded(shape, stride, dtype):
-    """Zeros for images [..., h, w, c] and their padding, the images' place there, (out h, out w), the taps."""
+    """Zeros for [..., h, w, c] and their padding, their place in it, (out h, out w), the taps."""
     *lead, h, w, c = shape
     (height, (top, bottom), rows), (width, (left, right), columns) = _same(h, stride), _same(w, stride)
     padded = np.zeros((*lead, top + h + bottom, left + w + right, c), dtype)
