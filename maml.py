@@ -12,7 +12,6 @@ import csv
 import ctypes
 import datetime
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -677,13 +676,8 @@ class Experiment:
     @cached_property
     def step(self):
         """`adam_step` with the settings."""
-        return partial(
-            adam_step,
-            outer_gradient=self.outer_gradient(),
-            beta=self.settings["beta"],
-            clip=self.clip,
-            **self.meta_batch(),
-        )
+        given = {"outer_gradient": self.outer_gradient(), "beta": self.settings["beta"], "clip": self.clip}
+        return partial(adam_step, **given, **self.meta_batch())
 
     def measure(self, state, loss):
         before, after = self.validate(state.theta)
@@ -762,16 +756,11 @@ class ImageExperiment(Experiment):
     def open(self, data, asked):
         s = self.settings
         path = data or f"data/{s['task']}"
-        supports = np.atleast_1d(asked["eval_shots"]).tolist()
-        unseen = [(k, self.eval_query(k)) for k in supports]
-        wanted = {
-            "training": [(s["shots"], s["query"])],
-            "validation": [(s["shots"], s["shots"])],
-            "test": unseen,
-        }
+        wanted = [("training", s["shots"], s["query"]), ("validation", s["shots"], s["shots"])]
+        wanted += [("test", k, self.eval_query(k)) for k in np.atleast_1d(asked["eval_shots"]).tolist()]
         try:
             if s["task"] == "miniimagenet":
-                self.images = tasks.load_miniimagenet(path, max(map(sum, itertools.chain(*wanted.values()))))
+                self.images = tasks.load_miniimagenet(path, max(shots + query for _, shots, query in wanted))
             else:
                 if not data and not os.path.isdir(os.path.join(path, "images_background")):
                     tasks.download_omniglot(path)
@@ -779,24 +768,17 @@ class ImageExperiment(Experiment):
         except (OSError, ValueError) as error:
             hint = "" if data else "; or name the images' folder with --data"
             raise Unusable(tasks.one_line(error) + hint)
-        for purpose, shapes in wanted.items():
-            for shots, query in shapes:
-                try:
-                    self.sample(purpose, shots, query)(self.stream(purpose), tasks=1)
-                except ValueError as error:
-                    raise Unusable(f"{path}, {SPLITS[purpose]}: {error}")
+        for purpose, shots, query in wanted:
+            try:
+                self.sample(purpose, shots, query)(self.stream(purpose), tasks=1)
+            except ValueError as error:
+                raise Unusable(f"{path}, {SPLITS[purpose]}: {error}")
 
     def sample(self, purpose, shots, query):
         s = self.settings
-        return partial(
-            tasks.few_shot,
-            images=self.images[SPLITS[purpose]],
-            ways=s["ways"],
-            shots=shots,
-            query_shots=query,
-            rotate=s["task"] == "omniglot",
-            dtype=np.dtype(s["dtype"]),
-        )
+        drawn = {"ways": s["ways"], "shots": shots, "query_shots": query, "dtype": np.dtype(s["dtype"])}
+        images, rotate = self.images[SPLITS[purpose]], s["task"] == "omniglot"
+        return partial(tasks.few_shot, images=images, rotate=rotate, **drawn)
 
     def eval_query(self, shots):
         return shots
@@ -1148,39 +1130,28 @@ def check_agreement(args, settings, path, free):
 def meta_train(experiment, state, best, rng, args, module):
     """`train` with checkpoints, learning curve, progress and Ctrl-C: -> what was learned.
 
-    Where validation selects, that is what was best on it, kept beside --save in FILE.best.npz. What is
-    measured at an end that is not due counts for this end alone, so that a resumed run is the unbroken one.
+    Where validation selects, that is what was best on it, kept beside --save in FILE.best.npz.
     KeyboardInterrupt, FloatingPointError: what is kept, and how to go on.
     """
-    settings, save, final = experiment.settings, args.save or args.resume, best
-    iterations = iterations_of(settings)
+    save, final, iterations = args.save or args.resume, best, iterations_of(experiment.settings)
     log = args.log and Log(args.log, experiment.columns, state.iteration, experiment.log_every)
     if save and best.score > -np.inf:
-        save_weights(best_of(save), settings, best.theta, best.iteration)
-    with (
-        interruptible(module) as asked,
-        Progress(state.iteration, iterations, experiment.watched, experiment.smoothed) as progress,
-    ):
+        save_weights(best_of(save), experiment.settings, best.theta, best.iteration)
+    progress = Progress(state.iteration, iterations, experiment.watched, experiment.smoothed)
+    with interruptible(module) as asked, progress:
         try:
             run = train(experiment.step, state, rng, iterations, experiment.map)
             for state, outcome in run:
                 i, last = state.iteration, state.iteration == iterations
                 stopping = asked.is_set() and not last  # read once: it may change at any line below
-                due = i % experiment.log_every == 0
-                if due or last:
-                    row, progress.text, score = experiment.measure(state, outcome)
+                if i % experiment.log_every == 0 or last:
+                    row, progress.text, best, final = measured(experiment, state, outcome, last, best, final)
                     if log:
                         log.write(i, *row)
-                    due = due and score is not None
-                    if last and experiment.keeps_best and score is None:
-                        score = experiment.score(state.theta)
-                    if score is not None and score > final.score:
-                        final = Best(score, state.theta, i)
-                        best = final if due else best
-                        if save:
-                            save_weights(best_of(save), settings, final.theta, i)
+                    if save and final.iteration == i:
+                        save_weights(best_of(save), experiment.settings, final.theta, i)
                 if save and (i % experiment.save_every == 0 or last or stopping):
-                    save_checkpoint(save, settings, state, best, rng)
+                    save_checkpoint(save, experiment.settings, state, best, rng)
                 progress.show(i, last, outcome)
                 if stopping:
                     hint = f"saved; go on with --resume {save}" if save else "nothing was saved (no --save)"
@@ -1189,13 +1160,29 @@ def meta_train(experiment, state, best, rng, args, module):
             kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
             raise FloatingPointError(f"{error}: lower {module.LOWER}{kept}") from None
     if save and iterations == 0:
-        save_checkpoint(save, settings, state, best, rng)
+        save_checkpoint(save, experiment.settings, state, best, rng)
     if save:
         which = f"; {best_of(save)}: the best on validation, of iteration {final.iteration}"
         tell(f"{save}: kept, --evaluate or --resume it{which if final.score > -np.inf else ''}")
     elif iterations:
         tell("the model is not kept: --save FILE.npz keeps it")
     return final.theta if experiment.keeps_best and iterations else state.theta
+
+
+def measured(experiment, state, outcome, last, best, final):
+    """A row of the log, a line of progress, and what is best on validation: of the run, and up to its end.
+
+    What is measured at an end that is not due is best for this end alone, so that a resumed run is the
+    unbroken one.
+    """
+    row, text, score = experiment.measure(state, outcome)
+    due = state.iteration % experiment.log_every == 0 and score is not None
+    if last and experiment.keeps_best and score is None:
+        score = experiment.score(state.theta)
+    if score is not None and score > final.score:
+        final = Best(score, state.theta, state.iteration)
+        best = final if due else best
+    return row, text, best, final
 
 
 def best_of(save):
