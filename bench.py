@@ -340,7 +340,7 @@ def peak(way, steps):
     if way == "torch.func":
         call = meta_gradient_sides(experiment, theta)[f"torch.func, {THREADS[-1]} threads"]
     else:
-        alpha, batch = experiment.inner_rate(), sample(np.random.default_rng(0), count)
+        alpha, batch = experiment.inner_rate(), sample(np.random.default_rng(0), tasks=count)
         call = partial(getattr(maml, way), experiment.loss, theta, *batch, alpha, steps)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
