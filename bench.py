@@ -76,7 +76,7 @@ def row(label, limit, sides, columns, **timing):
     """Prints a line -> {side: milliseconds}; a side is "ours", or a column and what it was tried with."""
     times = milliseconds(sides, **timing)
     ours = times["ours"]
-    cells = [f"{ours:9.3f} {limit / ours if limit else math.nan:6.0%}"]
+    cells = [f"{ours:9.3f} " + (f"{limit / ours:6.0%}" if limit else " " * 6)]
     for name in columns:
         tried = [spent for side, spent in times.items() if side.split(",")[0] == name]
         cells.append(f"{min(tried):9.3f} {min(tried) / ours:6.2f}×" if tried else " " * 17)
@@ -149,8 +149,7 @@ def convnet_loss(pool, arrays, x, y):
     for w, beta in zip(arrays[:8:2], arrays[1:8:2]):
         stride, size = 1 if pool else 2, x.shape[-1]
         total = max((-(-size // stride) - 1) * stride + 3 - size, 0)
-        x = functional.pad(x, (total // 2, total - total // 2) * 2)
-        x = functional.conv2d(x, w, stride=stride)
+        x = functional.conv2d(functional.pad(x, (total // 2, total - total // 2) * 2), w, stride=stride)
         x = functional.batch_norm(x, None, None, torch.ones_like(beta), beta, True, 0.1, nets.EPSILON)
         x = functional.relu(functional.max_pool2d(x, 2) if pool else x)
     x = x.permute(0, 2, 3, 1).flatten(1) if pool else x.mean((2, 3))
@@ -182,10 +181,8 @@ def meta_gradient_sides(experiment, theta):
         sides = {"ours": partial(mean_gradient, experiment, theta, experiment.map)}
         return sides | (torch_meta_gradients(THREADS[-1:], loss, *rest) if torch else {})
     definition = partial(maml.meta_gradient_by_definition, experiment.loss, **outer.keywords)
-    sides = {
-        "ours": lambda: outer(theta, support, query)[1],
-        "definition": lambda: definition(theta, support, query)[1],
-    }
+    ways = {"ours": outer, "definition": definition}
+    sides = {name: lambda way=way: way(theta, support, query)[1] for name, way in ways.items()}
     if torch:
         sides |= torch_meta_gradients(THREADS, partial(squared_error, torch.relu), *rest)
     if jax:
@@ -367,8 +364,7 @@ def reinforcement():
 
     ways = {"ours": rl.outer_problem, "definition": by_definition}
     ways |= {f"torch, {n} threads": partial(on_threads, n, by_torch) for n in THREADS if torch}
-    given = experiment.loss, s["alpha"], 2, theta, batches, map
-    problems = {name: way(*given) for name, way in ways.items()}
+    problems = {n: way(experiment.loss, s["alpha"], 2, theta, batches, map) for n, way in ways.items()}
     v = rng.standard_normal(theta.size, theta.dtype)
     for part in (lambda p: p[1], lambda p: p[2](v), lambda p: np.float32(p[3](theta + 0.01 * v))):
         check({name: partial(part, problem) for name, problem in problems.items()})
@@ -433,9 +429,9 @@ def by_torch(loss, alpha, order, theta, batches, map):
     start = torch.from_numpy(theta).requires_grad_()
     olds = [policy(adapted(start, sx, sy).detach(), x) for sx, sy, x, _ in batches]
     loss, divergence = losses(start)
-    gradient = torch.autograd.grad(loss, start, retain_graph=True)[0].numpy()
+    (gradient,) = torch.autograd.grad(loss, start, retain_graph=True)
     (slope,) = torch.autograd.grad(divergence, start, create_graph=True)
-    return loss.item(), gradient, product, objective
+    return loss.item(), gradient.numpy(), product, objective
 
 
 # Scaling ---------------------------------------------------------------------------------------
@@ -455,6 +451,13 @@ def scaling():
     speed_up("Omniglot 5-way, threads", gradient, omniglot.map)
     seconds = speed_up("MiniImagenet 5-way, threads", mini_gradient, mini.map) / mini.settings["meta_batch"]
     models = {"MiniImagenet": (seconds, 2 * 4 * mini.network.size)}
+    navigation = experiment_of(rl, "--task navigation")
+
+    def iteration(map):
+        with mock.patch.object(maml, "threads", lambda: map):
+            return meta_iteration(navigation, navigation.start().theta, rl.outer_problem)
+
+    speed_up("navigation, threads", iteration, maml.threads())
     for task in ("cheetah-dir", "ant-dir") if find_spec("mujoco") and find_spec("gymnasium") else ():
         models[task] = locomotion(task)
     with maml.process_pool(1) as pool:
