@@ -355,7 +355,7 @@ def resident(field):
 def reinforcement():
     columns = "definition", "torch"
     header(columns)
-    experiment, rng = experiment_of(rl, "--task navigation"), np.random.default_rng(0)
+    experiment, rng = experiment_of(rl, "--task navigation --meta-batch 10"), np.random.default_rng(0)
     s, theta = experiment.settings, experiment.start().theta
     theta = theta + rng.normal(0, 0.1, theta.shape).astype(theta.dtype)  # at first every unit is at its kink
     goals = rl.drawn_goals("navigation", rng, s["meta_batch"])
@@ -372,7 +372,7 @@ def reinforcement():
     # Sampling twice, gradients inside and outside; each of CG's products is J, Fisher, Jᵀ; one trial.
     forward, gradient, product = passes(experiment.policy, len(goals), s["trajectories"] * s["horizon"])
     limit = 3 * (forward + gradient) + product + 2 * s["cg_steps"] * (product + gradient - forward)
-    row("navigation, a meta-iteration", limit / maml.cores(), sides, columns, blocks=3)
+    row("navigation, 10 tasks, a meta-iteration", limit / maml.cores(), sides, columns, blocks=3)
 
 
 def meta_iteration(experiment, theta, outer_problem):
