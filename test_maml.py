@@ -12,7 +12,6 @@ import dis
 import functools
 import importlib
 import inspect
-import io
 import itertools
 import json
 import os
@@ -35,6 +34,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import md5
 from pathlib import Path
+from types import SimpleNamespace
 
 import autograd.numpy as anp
 import numpy as np
@@ -96,10 +96,10 @@ def distance_to_kink(network, theta, x):
 
 
 def away_from_kinks(draw, seed, distance=2e-3):
-    """The first problem that is: draw(rng) -> problem, [(network, theta, x) where it is differentiated]."""
+    """The first draw(rng) that is: its `points` are [(network, theta, x) where it is differentiated]."""
     for attempt in range(1000):
-        problem, points = draw(np.random.default_rng([seed, attempt]))
-        if min(distance_to_kink(*point) for point in points) > distance:
+        problem = draw(np.random.default_rng([seed, attempt]))
+        if min(distance_to_kink(*point) for point in problem.points) > distance:
             return problem
     raise AssertionError("no problem away from the kinks was found")
 
@@ -110,7 +110,18 @@ class Problem:
     theta [P] is shared by the tasks, each [T, P] is not, and v [T, P] is a direction.
     """
 
-    def __init__(self, rng, sizes, count, examples, classify, normalize, steps, many, activation):
+    def __init__(
+        self,
+        rng,
+        sizes=(2, 3, 1),
+        count=2,
+        examples=(3, 3),
+        classify=False,
+        normalize=False,
+        steps=2,
+        many=False,
+        activation=None,
+    ):
         self.rng, self.network = rng, nets.mlp(sizes, normalize, activation=activation)
         self.loss = (nets.cross_entropy if classify else nets.mean_squared_error)(self.network)
         size, self.steps = self.network.size, steps
@@ -119,6 +130,10 @@ class Problem:
         self.each = rng.normal(size=(count, size)) / 2
         self.v = unit(rng.normal(size=(count, size)))
         self.support, self.query = (self.data(sizes, (count, n), classify) for n in examples)
+        self.args = self.theta, self.support, self.query, self.alpha, steps
+        adapt = partial(maml.adapt, self.loss, self.theta, self.support, self.alpha)
+        pairs = [(self.each, self.support), *((adapt(s), self.support) for s in range(steps))]
+        self.points = [(self.network, theta, x) for theta, (x, _) in [*pairs, (adapt(steps), self.query)]]
 
     def data(self, sizes, shape, classify):
         x = self.rng.normal(size=(*shape, sizes[0]))
@@ -126,45 +141,25 @@ class Problem:
             return x, np.eye(sizes[-1])[self.rng.integers(0, sizes[-1], shape)]
         return x, self.rng.normal(size=(*shape, sizes[-1]))
 
-    @property
-    def args(self):
-        return self.theta, self.support, self.query, self.alpha, self.steps
 
-    def points(self):
-        thetas = [
-            maml.adapt(self.loss, self.theta, self.support, self.alpha, s) for s in range(self.steps + 1)
-        ]
-        pairs = [(theta, self.support) for theta in (self.each, *thetas)] + [(thetas[-1], self.query)]
-        return [(self.network, theta, x) for theta, (x, _) in pairs]
-
-
-def problem(
-    seed=0,
-    sizes=(2, 3, 1),
-    count=2,
-    examples=(3, 3),
-    classify=False,
-    normalize=False,
-    steps=2,
-    many=False,
-    activation=None,
-):
-    def draw(rng):
-        p = Problem(rng, sizes, count, examples, classify, normalize, steps, many, activation)
-        return p, p.points()
-
-    return away_from_kinks(draw, seed)
+def problem(seed=0, **how):
+    return away_from_kinks(partial(Problem, **how), seed)
 
 
 @st.composite
 def problems(draw, steps=2, normalize=(False, True)):
-    sizes = (draw(st.integers(1, 3)), *draw(st.lists(st.integers(1, 5), max_size=2)), draw(st.integers(1, 3)))
-    batch_norm, many = draw(st.sampled_from(normalize)), draw(st.booleans())
-    examples = draw(st.tuples(*[st.integers(2 if batch_norm else 1, 4)] * 2))
-    steps = draw(steps) if isinstance(steps, st.SearchStrategy) else steps
-    count, classify = draw(st.integers(1, 3)), draw(st.booleans())
-    seed, activation = draw(st.integers(0, 10**6)), draw(st.sampled_from([nets.Relu, nets.Tanh]))
-    return problem(seed, sizes, count, examples, classify, batch_norm, steps, many, activation)
+    ends, batch_norm = st.integers(1, 3), draw(st.sampled_from(normalize))
+    return problem(
+        draw(st.integers(0, 10**6)),
+        sizes=(draw(ends), *draw(st.lists(st.integers(1, 5), max_size=2)), draw(ends)),
+        count=draw(st.integers(1, 3)),
+        examples=draw(st.tuples(*[st.integers(2 if batch_norm else 1, 4)] * 2)),
+        classify=draw(st.booleans()),
+        normalize=batch_norm,
+        steps=draw(steps) if isinstance(steps, st.SearchStrategy) else steps,
+        many=draw(st.booleans()),
+        activation=draw(st.sampled_from([nets.Relu, nets.Tanh])),
+    )
 
 
 # Networks and losses ---------------------------------------------------------------------------
@@ -279,9 +274,9 @@ def test_convolutional_closed_forms_equal_the_definition_in_blocks_of_any_size(c
 def test_convolutional_closed_forms_equal_finite_differences_and_float32s(pool, shape):
     def draw(rng):
         case = image_problem(rng, shape, 2, 3, pool, 2, 2, shared=False)
-        return case, [(case[0].network, case[1], case[2])]
+        return SimpleNamespace(case=case, points=[(case[0].network, case[1], case[2])])
 
-    loss, theta, x, y, v = away_from_kinks(draw, seed=0, distance=1e-3)
+    loss, theta, x, y, v = away_from_kinks(draw, seed=0, distance=1e-3).case
     check_differences(loss, theta, x, y, unit(v), 1e-6, h=1e-5)
     for at in (theta, theta[0]):
         value, g, hvp = loss.expand(at, x, y)
@@ -551,21 +546,19 @@ def unpacked(folder, files):
     return folder
 
 
-ENTRIES = (
+OTHERS = ["/escaped/a/b/c.png", "../../escaped/a/b/c.png", "images_background/../../escaped/c.png"]
+OTHERS += [
     "__MACOSX/._0000_01.png",
-    "/escaped/a/b/c.png",
-    "../../escaped/a/b/c.png",
-    "images_background/../../escaped/c.png",
     f"images_background/a/b/{'c' * 60_000}.png",
     "images_background/a/b\n/c.png",
-)
+]
 
 
 def zipped(folder, files, kind=zipfile.ZIP_DEFLATED):
     folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
         with zipfile.ZipFile(folder / f"{part}.zip", "w", kind) as archive:
-            for name in ENTRIES:
+            for name in OTHERS:
                 archive.writestr(name, b"no image")
             for name in sorted(files, reverse=True):
                 if name.startswith(part):
@@ -596,8 +589,6 @@ def stamped(classes=6, each=5, size=6, channels=1):
 def same(a, b):
     return all(np.array_equal(a[split], b[split]) for split in SPLITS)
 
-
-# Sampling
 
 sizes = st.tuples(*[st.integers(1, 4)] * 4)
 
@@ -652,14 +643,11 @@ def test_floats_pass_unscaled_and_integers_become_fractions():
     assert (tasks.few_shot(np.random.default_rng(1), full, 2, 3, 1, 1)[0][0] == 1).all()
 
 
-def test_labelled_images_carry_their_class():
+def test_labelled_images_carry_their_class_and_so_does_the_nearest():
     images = np.arange(12, dtype=np.uint8).reshape(4, 3, 1, 1, 1) * 10
     x, y = tasks.labelled(np.random.default_rng(0), images, 50, 6)
     assert x.shape == (1, 50, 1, 1, 1) and x.dtype == y.dtype == np.float32
     assert np.array_equal(y[0].argmax(axis=-1), np.round(x.ravel() * 255 / 10).astype(int) // 3)
-
-
-def test_nearest_neighbour_by_hand():
     support = np.array([[[0.0, 0], [3, 0], [0, 3]]]), np.eye(3)[None]
     found = tasks.nearest(support, (np.array([[[2.0, 0], [1, 2], [0.1, 0]]]), None))
     assert found.argmax(axis=-1).tolist() == [[1, 2, 0]]
@@ -810,24 +798,17 @@ def test_a_download_is_whole_and_shown_and_not_repeated(folder, capsys):
     assert sorted(os.listdir("new")) == ["a.zip", "b.zip"]
 
 
-@pytest.mark.parametrize(
-    "there, reason",
-    [(ZIP[:-7], "MD5"), (ZIP[:-1] + b"q", "MD5"), (None, "No such file"), ("silent", "timed out")],
-)
-def test_a_failed_download_says_what_to_fetch_and_leaves_nothing(folder, there, reason):
-    unpacked(folder, {"there/a.zip": there} if isinstance(there, bytes) else {})
+@pytest.mark.parametrize("there", ["cut", "changed", "missing", "endless", "silent"])
+def test_a_failed_download_says_what_to_fetch_and_leaves_nothing(folder, there):
+    unpacked(folder, {"cut/a.zip": ZIP[:-7], "changed/a.zip": ZIP[:-1] + b"q", "endless/a.zip": b""})
+    os.truncate("endless/a.zip", 33 << 20)
+    reasons = {"missing": "No such file", "endless": "more than", "silent": "timed out"}
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = (
-            f"file://{folder}/there" if there != "silent" else f"http://127.0.0.1:{silent.getsockname()[1]}"
-        )
+        host = f"http://127.0.0.1:{silent.getsockname()[1]}" if there == "silent" else f"file://{folder}"
+        address, reason = f"{host}/{there}", reasons.get(there, "MD5")
         with refused(f"cannot fetch {address}/a.zip .*{reason}.*: fetch it and put it into new"):
             tasks.download_omniglot("new", address, DIGESTS, timeout=0.2)
     assert not os.path.exists("new") or os.listdir("new") == []
-
-
-def test_a_download_without_end_is_cut_off(capsys):
-    with refused("more than 100 bytes"):
-        tasks._copy(io.BytesIO(bytes(1000)), io.BytesIO(), "a.zip", limit=100)
 
 
 def test_the_command_fetches_what_its_own_folder_lacks_and_tries_again(folder, monkeypatch, capsys):
@@ -932,8 +913,6 @@ def test_what_is_wrong_with_the_photographs_is_named(tmp_path, name, harm, line)
     assert {file.name for file in leftovers(tmp_path)} <= others
 
 
-# Hostile data
-
 FUZZ = int(os.environ.get("MAML_FUZZ", 40))  # MAML_FUZZ=10000 python -m pytest -k no_damage
 HOSTILE = [
     os.mkdir,
@@ -943,14 +922,6 @@ HOSTILE = [
     lambda path: path.symlink_to("/dev/zero"),
     lambda path: path.symlink_to(HERE / "README.md"),
 ]
-
-
-@contextmanager
-def one_line_at_most(*errors):
-    try:
-        yield
-    except errors as error:
-        assert "\n" not in str(error) and len(str(error)) < 600
 
 
 def damaged(data, good):
@@ -989,10 +960,12 @@ def test_no_damage_to_images_is_more_than_one_line(files, layout, data):
         photographs: ["train/n0/0.png", "val/n1/1.JPEG"],
     }[layout]
     with harmed(data, folder / data.draw(st.sampled_from([*names, *caches]))):
-        with one_line_at_most(ValueError, OSError):
+        try:
             for images in load(folder).values():
                 assert images.dtype == np.uint8 and images.shape[2:] == size
                 assert np.asarray(images).sum() >= 0
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error) and len(str(error)) < 600
     assert not [file for file in files.rglob("*") if "escaped" in file.name]
     assert {file.name for file in leftovers(folder) if folder in file.parents} == {*caches}
 
@@ -1198,7 +1171,7 @@ def test_a_damaged_tail_of_the_log_is_healed(folder, monkeypatch):
     monkeypatch.setattr(maml.Experiment, "log_every", 10)
     command(QUICK, "--iterations 60 --log whole.csv")
     command(QUICK, "--iterations 30 --save part.npz --log part.csv")
-    tails = ["", "40,9,9,9\n50,9,", "40,", "40,,,", "\0\0\0\0", "40,1,1,1,1\nx,1,1,1", "40,0.1,0.2,0.3"]
+    tails = ["", "30,", "40,9,9,9\n50,9,", "40,,,", "\0\0\0\0", "40,1,1,1,1\nx,1,1,1", "40,0.1,0.2,0.3"]
     for tail in tails:
         shutil.copy("part.npz", "a.npz")
         Path("a.csv").write_text(Path("part.csv").read_text() + tail)
@@ -1206,16 +1179,9 @@ def test_a_damaged_tail_of_the_log_is_healed(folder, monkeypatch):
         assert Path("a.csv").read_text() == Path("whole.csv").read_text(), tail
 
 
-@pytest.mark.parametrize(
-    "presses, save, line",
-    [
-        (1, "--save a.npz", "interrupted at iteration 8: saved; go on with --resume a.npz"),
-        (1, "", r"interrupted at iteration 8: nothing was saved \(no --save\)"),
-        (2, "--save a.npz", "^maml.py: interrupted$"),
-    ],
-)
+@pytest.mark.parametrize("presses, save", [(1, "--save a.npz"), (1, ""), (2, "--save a.npz")])
 def test_ctrl_c_ends_the_next_meta_iteration_and_a_second_one_this(
-    folder, monkeypatch, capsys, presses, save, line
+    folder, monkeypatch, capsys, presses, save
 ):
     """Pressed when it is too late for the checkpoint of iteration 7."""
     show = maml.Progress.show
@@ -1227,8 +1193,10 @@ def test_ctrl_c_ends_the_next_meta_iteration_and_a_second_one_this(
 
     monkeypatch.setattr(maml.Progress, "show", interrupting)
     assert command(QUICK, save) == 130
-    assert re.search(line, capsys.readouterr().err.splitlines()[-1])
-    assert os.path.exists("a.npz") == ("saved;" in line)
+    hint = "saved; go on with --resume a.npz" if save else "nothing was saved (no --save)"
+    line = f"interrupted at iteration 8: {hint}" if presses == 1 else "interrupted"
+    assert capsys.readouterr().err.endswith(f"maml.py: {line}\n")
+    assert os.path.exists("a.npz") == (presses == 1 and bool(save))
     if os.path.exists("a.npz"):
         assert int(arrays("a.npz")["iteration"]) == 8
         assert command("--evaluate a.npz --eval-tasks 2") == 0
@@ -1244,22 +1212,15 @@ def test_a_diverging_run_stops_names_the_iteration_and_keeps_the_checkpoint(fold
     assert int(saved["iteration"]) == stopped - 1 and np.isfinite(saved["theta"]).all()
 
 
-@pytest.mark.parametrize(
-    "model, alpha, cell",
-    [
-        (QUICK + " --baseline pretrained", 1e6, "median inf, 8 of 8 diverged"),
-        (GLYPHS + " --net mlp --iterations 1 --eval-steps 1", 1e38, "8 of 8 diverged"),
-    ],
-)
-def test_evaluation_may_fine_tune_at_another_rate_and_says_what_diverged(glyphs, capsys, model, alpha, cell):
-    assert command(model, "--save a.npz") == 0
-    data = "--data glyphs" if "glyphs" in model else ""
+def test_evaluation_may_fine_tune_at_another_rate_and_says_what_diverged(glyphs, capsys):
+    few = "--eval-tasks 8 --eval-steps 9 --alpha"
+    command(QUICK, "--baseline pretrained --save a.npz")
+    command(GLYPHS, "--net mlp --iterations 1 --eval-steps 1 --save b.npz")
     with np.errstate(all="raise"):
-        assert command("--evaluate a.npz", data, "--alpha", alpha, "--eval-tasks 8 --eval-steps 9") == 0
-    assert cell in capsys.readouterr().out
-
-
-# Bad use
+        assert command("--evaluate a.npz", few, 1e6) == 0
+        assert "median inf, 8 of 8 diverged" in capsys.readouterr().out
+        assert command("--evaluate b.npz --data glyphs", few, 1e38) == 0
+        assert "8 of 8 diverged" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -1274,11 +1235,9 @@ def files(tmp_path_factory, omniglot):
     maml.save_weights(str(folder / "cheetah.npz"), cheetah.settings, cheetah.start().theta, 0)
     (folder / "glyphs").symlink_to(omniglot)
     unpacked(folder / "photographs", {f"{split}/a/{i}.png": b"" for split in SPLITS for i in range(16)})
-    unpacked(folder, {"own/third/notes.txt": b""})
-    (folder / "afile").write_text("mine")
-    (folder / "empty").write_bytes(b"")
+    unpacked(folder, {"own/third/notes.txt": b"", "afile": b"mine", "empty": b""})
+    unpacked(folder, {"cut.npz": good.read_bytes()[:-300]})
     os.mkfifo(folder / "fifo")
-    (folder / "cut.npz").write_bytes(good.read_bytes()[:-300])
     np.savez(folder / "other.npz", weights=np.ones(3))
     np.savez(folder / "pickled.npz", theta=np.array([{}], object), settings="{}")
     saved = arrays(good)
@@ -1324,9 +1283,7 @@ BAD = {
         ("--task omniglot --data glyphs --shots 3", "there are 4: lower the shots"),
         ("--task omniglot --data glyphs --eval-shots 1 3", "there are 4: lower the shots"),
         ("--task omniglot --data glyphs --shots 3 --query 1", "there are 4: lower the shots"),
-        ("--task omniglot --data afile", "afile: neither images_background.zip"),
         ("--task miniimagenet --data glyphs", "glyphs/train: .*should be a folder"),
-        ("--task miniimagenet --data nowhere", "nowhere/train: .*should be a folder"),
         ("--task miniimagenet --data afile", "afile/train: .*should be a folder"),
         ("--evaluate glyphs.npz --data glyphs --eval-shots 3", "there are 4: lower the shots"),
         ("--evaluate glyphs.npz --data glyphs --ways 4", "trained with ways 3, not 4"),
@@ -1342,9 +1299,7 @@ BAD = {
         ("--resume good.npz --alpha 0.5", "trained with alpha 0.01, not 0.5"),
         ("--resume good.npz --iterations 10", "at iteration 40"),
         ("--resume good.npz --iterations 50 --log afile", "not the file of this run"),
-        ("--resume good.npz --iterations 50 --log empty", "not the file of this run"),
         ("--resume glyphs.best.npz --iterations 9 --data glyphs", "glyphs.best.npz holds weights alone"),
-        ("--resume nowhere/a.npz", "nowhere/a.npz"),
         ("--resume cut.npz", "not a whole checkpoint"),
         ("--evaluate missing.npz", "no such file"),
         *[(f"--evaluate {name}", "not a whole checkpoint") for name in WRECKS],
@@ -1372,7 +1327,6 @@ BAD = {
     ],
     rl: [
         ("--task ant-vel", r'pip install "gymnasium\[mujoco\]"$'),
-        ("", "--task is missing"),
         ("--task sinusoid", "python maml.py --task sinusoid"),
         ("--task navigation --order 3", "--order"),
         ("--task navigation --alpha -1", "--alpha"),
@@ -1380,12 +1334,9 @@ BAD = {
         ("--task navigation --discount 2", "share .0 to 1.*2"),
         ("--task navigation --backtrack 1", "--backtrack 1.0 never shortens"),
         ("--task navigation --baseline oracle --steps 1", "--steps is for --method maml"),
-        ("--task navigation --method maml --baseline random", "not allowed with"),
-        ("--task navigation --save nowhere/a.npz", "nowhere/a.npz"),
         ("--evaluate walk.npz --steps 3", "trained with steps 1, not 3"),
         ("--evaluate walk.npz cheetah.npz --plot a.png", "one kind of task"),
         ("--evaluate good.npz", "not a whole checkpoint"),
-        ("--evaluate missing.npz", "no such file"),
     ],
 }
 
@@ -1401,6 +1352,8 @@ def test_bad_use_is_one_line_and_exit_code_2_and_changes_nothing(
             monkeypatch.setitem(sys.modules, name, None)
     elif "--plot" in words:
         pytest.importorskip("matplotlib", reason="needs matplotlib")
+    elif "glyphs.npz --adapt" in words:
+        pytest.importorskip("PIL", reason="needs pillow")
     monkeypatch.chdir(files)
     monkeypatch.setattr(maml, "train", lambda *_: pytest.fail("training began"))
     before = contents(files)
@@ -1410,15 +1363,6 @@ def test_bad_use_is_one_line_and_exit_code_2_and_changes_nothing(
     assert out == "" and len(lines) == 1
     assert re.search(f"^{module.__name__}.py: .*{message}", lines[0])
     assert contents(files) == before and leftovers(files / "photographs") == []
-
-
-def test_a_link_is_followed_and_permissions_stay(folder):
-    Path("real.csv").write_text("task,method,rest\n")
-    os.chmod("real.csv", 0o640)
-    os.symlink("real.csv", "link.csv")
-    assert command(QUICK, "--results link.csv") == 0
-    assert os.path.islink("link.csv") and "maml" in Path("real.csv").read_text()
-    assert os.stat("real.csv").st_mode & 0o777 == 0o640
 
 
 def test_nobody_needs_to_read_what_is_printed(folder):
@@ -1448,23 +1392,21 @@ def test_help_gives_every_setting_with_its_default(module, capsys):
         assert re.search(rf"{setting.flag} .*{re.escape(setting.meaning)} \(default: ", out)
 
 
-@pytest.mark.parametrize(
-    "module, words",
-    [
-        (maml, "--evaluate good.npz other.npz"),
-        (maml, GLYPHS + " --ways 3 --iterations 2 --log a.csv"),
-        (maml, GLYPHS + " --baseline nearest --log a.csv"),
-        (maml, GLYPHS + " --baseline random --log a.csv"),
-        (rl, WALK + " --iterations 1"),
-        (rl, WALK + " --iterations 1 --trajectories 2"),
-    ],
-)
-def test_plot_draws_a_picture(glyphs, files, module, words):
+def test_plot_draws_a_picture(glyphs, files):
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     shutil.copy(files / "good.npz", "good.npz")
     command(QUICK, "--baseline pretrained --save other.npz")
-    assert command(words, "--eval-steps 1 --eval-tasks 8 --plot a.png", module=module) == 0
-    assert Path("a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for module, words in [
+        (maml, "--evaluate good.npz other.npz"),
+        (maml, GLYPHS + " --ways 3 --iterations 2 --log a.csv"),
+        (maml, GLYPHS + " --baseline nearest --log b.csv"),
+        (maml, GLYPHS + " --baseline random --log c.csv"),
+        (rl, WALK + " --iterations 1"),
+        (rl, WALK + " --iterations 1 --trajectories 2"),
+    ]:
+        assert command(words, "--eval-steps 1 --eval-tasks 8 --plot a.png", module=module) == 0
+        assert Path("a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        os.unlink("a.png")
 
 
 # What it learns
@@ -1589,37 +1531,34 @@ def test_every_purpose_and_seed_has_its_own_stream(module, task):
     assert len({e.stream(purpose).random() for e in experiments for purpose in purposes}) == 8
 
 
-@pytest.mark.parametrize(
-    "purpose, low, high", [("training", 0, 60), ("validation", 90, 150), ("test", 190, 255)]
-)
-def test_every_purpose_has_its_own_classes(purpose, low, high):
-    sample = image_experiment("--task omniglot").sample(purpose, 2, 3)
-    (x, _), (xq, _) = sample(np.random.default_rng(0), tasks=4)
-    assert low / 255 <= x.min() and max(x.max(), xq.max()) <= high / 255
+def test_every_purpose_has_its_own_classes():
+    experiment = image_experiment("--task omniglot")
+    for purpose, low, high in (("training", 0, 60), ("validation", 90, 150), ("test", 190, 255)):
+        (x, _), (xq, _) = experiment.sample(purpose, 2, 3)(np.random.default_rng(0), tasks=4)
+        assert low / 255 <= x.min() and max(x.max(), xq.max()) <= high / 255
 
 
-@pytest.mark.parametrize(
-    "module, words, score",
-    [
+def test_a_score_is_of_validation_tasks_after_adaptation_where_there_is_some():
+    curve = np.array([[-100.0], [-3.0], [-2.0], [-1.0]])
+    for module, words, score in [
         (maml, "--task sinusoid", -1),
         (maml, "--task omniglot", -1),
         (rl, "--task navigation", -2),
         (rl, "--task navigation --baseline oracle", -26.5),
-    ],
-)
-def test_a_score_is_of_validation_tasks_after_adaptation_where_there_is_some(
-    monkeypatch, module, words, score
-):
-    experiment, asked = experiment_of(words, module=module), []
-    curve = np.array([[-100.0], [-3.0], [-2.0], [-1.0]])
-    monkeypatch.setattr(experiment, "curve", lambda _, purpose, *rest: asked.append(purpose) or curve)
-    assert experiment.score(None) == score
-    if module is maml:
-        row, _, selects = experiment.measure(maml.State.start(np.zeros(1)), 0.5)
-        assert row == (0.5, -100, -1) and selects == (-1 if experiment.keeps_best else None)
-    assert set(asked) == {"validation"}
-    list(experiment.test(None, {**dict.fromkeys(("tasks", "steps", "shots"), 1), "more": 1}))
-    assert asked[-1] == "test"
+    ]:
+        experiment, asked = experiment_of(words, module=module), []
+        experiment.curve = lambda _, purpose, *rest: asked.append(purpose) or curve
+        assert experiment.score(None) == score
+        if module is maml:
+            row, _, selects = experiment.measure(maml.State.start(np.zeros(1)), 0.5)
+            assert row == (0.5, -100, -1) and selects == (-1 if experiment.keeps_best else None)
+        assert set(asked) == {"validation"}
+        list(
+            experiment.test(
+                None, dict.fromkeys(("eval_tasks", "eval_steps", "eval_shots", "eval_trajectories"), 1)
+            )
+        )
+        assert asked[-1] == "test"
 
 
 @pytest.mark.parametrize("task, turned", [("omniglot", True), ("miniimagenet", False)])
@@ -1707,6 +1646,7 @@ MANY_GLYPHS = (
     "--task omniglot --data glyphs --filters 3 --ways 3 --meta-batch 20 --eval-tasks 10 --eval-steps 1"
 )
 MANY_WALKS = WALK + " --horizon 5 --meta-batch 12 --eval-steps 1"
+WORKERS = f"{MANY_GLYPHS} --workers 2 --iterations 1000000 --save b.npz"
 
 
 @pytest.mark.parametrize("module, run", [(maml, MANY_GLYPHS), (rl, MANY_WALKS)])
@@ -1747,38 +1687,34 @@ def alive(pid):
         return False
 
 
-def ctrl_c(run):
-    """The whole group gets it, as from a terminal: also workers that are only starting."""
-    os.killpg(run.pid, signal.SIGINT)
-
-
-def kill_a_worker(run):
-    os.kill(int(children(run)[-1]), signal.SIGKILL)
-
-
-WORKERS = f"{MANY_GLYPHS} --workers 2 --iterations 1000000 --save b.npz"
-
-
 @pytest.mark.parametrize(
-    "words, until, harm, code, line",
+    "words, until, code, line",
     [
-        ("--evaluate a.npz --eval-tasks 300000", "evaluating", ctrl_c, 130, "no table; --evaluate makes it"),
-        (WORKERS, "characters", ctrl_c, 130, "maml.py: interrupted"),
-        (WORKERS, "b.npz", kill_a_worker, 1, "maml.py: a worker was lost; --resume goes on"),
+        ("--evaluate a.npz --eval-tasks 300000", "evaluating", 130, "no table; --evaluate makes it again"),
+        (WORKERS, "workers", 130, "maml.py: interrupted"),
+        (WORKERS, "b.npz", 1, "maml.py: a worker was lost; --resume goes on"),
     ],
 )
-def test_a_run_that_loses_its_workers_or_its_user_ends_with_one_line(glyphs, words, until, harm, code, line):
-    """Once stderr or a file says that it has come so far."""
+def test_a_run_that_loses_its_user_or_a_worker_ends_with_one_line(glyphs, words, until, code, line):
+    """Once stderr, a file or its workers say that it is there; Ctrl-C is for all, also who is starting."""
+
+    def there():
+        said = Path("stderr").read_text()
+        return until in said or os.path.exists(until) or until == "workers" and children(run)
+
     command(QUICK, "--save a.npz")
-    with open("stderr", "w+") as stderr:
+    with open("stderr", "w") as stderr:
         run = process(words, start_new_session=True, stderr=stderr)
         try:
-            wait_for(lambda: until in Path("stderr").read_text() or os.path.exists(until), run)
-            harm(run)
+            wait_for(there, run)
+            if code == 130:
+                os.killpg(run.pid, signal.SIGINT)
+            else:
+                os.kill(int(children(run)[-1]), signal.SIGKILL)
             assert run.wait(60) == code
         finally:
             run.kill()
-        said = Path("stderr").read_text()
+    said = Path("stderr").read_text()
     assert line in said.splitlines()[-1] and "Traceback" not in said
     assert ("--resume" in said) == os.path.exists("b.npz")
 
@@ -1794,15 +1730,12 @@ def test_workers_end_with_their_parent(folder):
     assert len(workers) >= 2 and not any(alive(worker) for worker in workers)
 
 
-KILLS = int(os.environ.get("MAML_KILLS", 2))
-
-
 def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(folder):
     """MAML_KILLS=100 python -m pytest -k killed_at: as many kill -9, at random moments."""
     script = "import maml, sys; maml.Experiment.save_every = 3; sys.exit(maml.main())"
     goal = "--iterations 90 --eval-shots 2 --eval-tasks 2"
     assert command(QUICK, goal, "--save whole.npz") == 0
-    for seconds in np.random.default_rng(0).uniform(0.2, 1.2, KILLS):
+    for seconds in np.random.default_rng(0).uniform(0.2, 1.2, int(os.environ.get("MAML_KILLS", 2))):
         start = "--resume a.npz" if os.path.exists("a.npz") else f"{QUICK} --save a.npz"
         run = process(start, goal, "--log a.csv", script=script)
         with suppress(subprocess.TimeoutExpired):
@@ -1820,12 +1753,17 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(folder):
         check_equal("whole.npz", "a.npz")
 
 
-def test_of_two_writers_of_one_file_the_last_leaves_it_whole(folder):
-    with tasks.replacing("a") as one, tasks.replacing("a") as other:
+def test_of_two_writers_the_last_leaves_its_file_whole_under_the_old_link_and_permissions(folder):
+    Path("real.csv").write_text("task,method,rest\n")
+    os.chmod("real.csv", 0o640)
+    os.symlink("real.csv", "link.csv")
+    assert command(QUICK, "--results link.csv") == 0
+    with tasks.replacing("real.csv") as one, tasks.replacing("real.csv") as other:
         one.write(b"one")
         other.write(b"other")
-        assert not os.path.exists("a")
-    assert Path("a").read_bytes() == b"one" and os.listdir() == ["a"]
+        assert len(rows_of("link.csv")) == 33
+    assert os.path.islink("link.csv") and Path("link.csv").read_bytes() == b"one"
+    assert os.stat("real.csv").st_mode & 0o777 == 0o640 and sorted(os.listdir()) == ["link.csv", "real.csv"]
 
 
 def test_a_full_disk_leaves_what_was_there(folder, capsys):
@@ -1845,8 +1783,10 @@ def test_a_full_disk_leaves_what_was_there(folder, capsys):
 def test_no_damage_to_a_checkpoint_is_more_than_one_line(files, data):
     path = files / "fuzzed.npz"
     path.write_bytes(damaged(data, (files / "good.npz").read_bytes()))
-    with one_line_at_most(maml.Unusable):
+    try:
         maml.load_checkpoint(str(path), maml)
+    except maml.Unusable as error:
+        assert "\n" not in str(error) and len(str(error)) < 600
     path.unlink()
 
 
@@ -1859,7 +1799,7 @@ class Policies:
     A task's trajectories end early, each at a step that is the same for all tasks.
     """
 
-    def __init__(self, rng, inputs, actions, steps, count=2, trajectories=2, horizon=3, width=4):
+    def __init__(self, rng, inputs=2, actions=2, steps=1, count=2, trajectories=2, horizon=3, width=4):
         self.rng, self.policy = rng, rl.gaussian_policy(inputs, actions, (width, width))
         self.loss = nets.Loss(self.policy, rl.PolicyGradient())
         self.theta = rng.normal(size=self.policy.size) / 3
@@ -1899,17 +1839,12 @@ class Policies:
         return g, product
 
 
-def policies_of(seed, inputs=2, actions=2, steps=1):
-    def draw(rng):
-        p = Policies(rng, inputs, actions, steps)
-        return p, p.points
-
-    return away_from_kinks(draw, seed)
+def policies_of(seed, **how):
+    return away_from_kinks(partial(Policies, **how), seed)
 
 
-policies = st.builds(
-    policies_of, st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 2), steps=st.integers(0, 2)
-)
+shapes = {"inputs": st.integers(1, 3), "actions": st.integers(1, 2), "steps": st.integers(0, 2)}
+policies = st.builds(policies_of, st.integers(0, 10**6), **shapes)
 
 
 @given(policies)
@@ -2006,9 +1941,6 @@ def test_features_and_batches_are_as_the_authors_have_them():
     values = rl.baseline(episodes.observations, rl.discounted(episodes.rewards, 0.9), episodes.mask)
     expected = rl.advantages(episodes.rewards, values, episodes.mask, 0.9, 0.5) / 36
     assert error(rl.batch_of(episodes, 0.9, 0.5)[1][..., 1].ravel(), expected.ravel()) < 1e-12
-
-
-# The outer step
 
 
 def test_conjugate_gradient_solves_and_the_line_search_keeps_theta_where_nothing_helps():
@@ -2118,25 +2050,22 @@ def test_adaptation_takes_turns_between_trajectories_and_steps_and_leaves_what_f
     assert batches[0][0][0].shape[1] < 300 == batches[1][0][0].shape[1]
 
 
-@pytest.mark.parametrize(
-    "task, low, high, authors",
-    [
+def test_goals_are_drawn_over_their_whole_range_and_tests_are_the_authors():
+    for task, low, high, authors in [
         ("navigation", -0.5, 0.5, [[-0.082978, 0.220324], [-0.499886, -0.197667]]),
         ("cheetah-vel", 0, 2, [0.834044, 1.440649, 0.000229]),
         ("ant-vel", 0, 3, [1.251066, 2.160973, 0.000343]),
         ("cheetah-dir", -1, 1, [-1, 1, -1, -1]),
         ("ant-dir", -1, 1, [-1, -1, 1, -1]),
-    ],
-)
-def test_goals_are_drawn_over_their_whole_range_and_tests_are_the_authors(task, low, high, authors):
-    goals = rl.drawn_goals(task, np.random.default_rng(0), 4000)
-    columns = goals.reshape(4000, -1).T
-    for column in columns:
-        assert low <= column.min() < low + 0.01 and high - 0.01 < column.max() <= high
-    quarters = np.bincount([2, 1][-len(columns) :] @ (columns > (low + high) / 2))
-    assert np.abs(quarters / 4000 - 0.5 ** len(columns)).max() < 0.03
-    assert not task.endswith("dir") or set(goals) == {-1, 1}
-    assert np.allclose(rl.test_goals(task, len(authors)), authors, atol=1e-6)
+    ]:
+        goals = rl.drawn_goals(task, np.random.default_rng(0), 4000)
+        columns = goals.reshape(4000, -1).T
+        for column in columns:
+            assert low <= column.min() < low + 0.01 and high - 0.01 < column.max() <= high
+        quarters = np.bincount([2, 1][-len(columns) :] @ (columns > (low + high) / 2))
+        assert np.abs(quarters / 4000 - 0.5 ** len(columns)).max() < 0.03
+        assert not task.endswith("dir") or set(goals) == {-1, 1}
+        assert np.allclose(rl.test_goals(task, len(authors)), authors, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -2175,40 +2104,31 @@ def mujoco():
     return pytest.importorskip("mujoco", reason='needs "gymnasium[mujoco]"')
 
 
-def gymnasium_alone(environment, actions):
-    """The states [H, nq + nv] of gymnasium's environment from the same start, stepped alone."""
-    gymnasium = pytest.importorskip("gymnasium", reason='needs "gymnasium[mujoco]"')
-    alone = gymnasium.make("Ant-v5" if environment.ant else "HalfCheetah-v5", frame_skip=1).unwrapped
-    alone.reset(seed=0)
-    alone.model.opt.timestep = environment.model.opt.timestep
-    start = environment.states[1, : alone.model.nq + alone.model.nv]
-    alone.set_state(*np.split(start, [alone.model.nq]))
-    alone.data.qacc_warmstart[:] = 0
-    states = []
-    for action in actions:
-        alone.do_simulation(action, 1)
-        states.append(np.concatenate([alone.data.qpos, alone.data.qvel]))
-    return np.array(states)
-
-
 @pytest.mark.parametrize("name", ["cheetah-vel", "cheetah-dir", "ant-vel", "ant-dir"])
 def test_locomotion_equals_gymnasium_and_pays_the_authors_rewards(mujoco, name):
     """A trajectory of a batch equals gymnasium's, bit for bit; v is the centre of mass's, by differences."""
+    gymnasium = pytest.importorskip("gymnasium", reason='needs "gymnasium[mujoco]"')
     rng, ant = np.random.default_rng(0), name.startswith("ant")
     environment = rl.Locomotion(name, [-1.0, 1.0], 1)
     observation = environment.reset(rng)
     assert observation.shape == (2, 1, 125 if ant else 20)
     actions = rng.normal(size=(200, 2, 1, environment.actions))
-    alone = gymnasium_alone(environment, np.clip(actions[:, 1, 0], -1, 1))
+    model, alone = environment.model, gymnasium.make("Ant-v5" if ant else "HalfCheetah-v5", frame_skip=1)
+    alone.reset(seed=0)
+    alone = alone.unwrapped
+    alone.model.opt.timestep = model.opt.timestep
+    alone.set_state(*np.split(environment.states[1, : model.nq + model.nv], [model.nq]))
+    alone.data.qacc_warmstart[:] = 0
     ended = np.zeros((2, 1), bool)
     for t, action in enumerate(actions):
         before = ended
         observation, reward, ended = environment.step(action)
         if before.any():
             break
-        simulation, model = environment.simulation, environment.model  # last of all it was trajectory 1
-        state = np.concatenate([simulation.qpos, simulation.qvel])
-        assert np.array_equal(state, alone[t])
+        alone.do_simulation(np.clip(action[1, 0], -1, 1), 1)
+        simulation = environment.simulation  # last of all it was trajectory 1
+        assert np.array_equal(simulation.qpos, alone.data.qpos), t
+        assert np.array_equal(simulation.qvel, alone.data.qvel)
         moved, h = mujoco.MjData(model), 1e-6
         moved.qpos = simulation.qpos
         mujoco.mj_integratePos(model, moved.qpos, simulation.qvel, h)
@@ -2238,22 +2158,18 @@ def test_locomotion_starts_as_the_authors_do(mujoco, name):
     assert abs(start - (0.55 if name == "ant-vel" else 0)) < 0.005
 
 
-@pytest.mark.parametrize(
-    "place, value, done",
-    [(2, 0.15, True), (2, 0.25, False), (2, 0.99, False), (2, 1.02, True), (15, 1e200, True)],
-)
-def test_an_ant_is_done_by_its_height_or_a_state_not_finite_and_then_stays(mujoco, place, value, done):
-    environment = rl.Locomotion("ant-dir", [1.0], 2, oracle=True)
-    environment.reset(np.random.default_rng(0))
-    environment.states[0, place] = value
-    _, first, ended = environment.step(np.zeros((1, 2, 8)))
-    assert ended.tolist() == [[done, False]] and first[0, 0] != 0
-    seen, second, _ = environment.step(np.ones((1, 2, 8)))
-    again, _, ended = environment.step(np.ones((1, 2, 8)))
-    assert (
-        (second[0, 0] == 0) == np.array_equal(again[0, 0], seen[0, 0], equal_nan=True) == ended[0, 0] == done
-    )
-    assert second[0, 1] != 0 and again.shape == (1, 2, 126)
+def test_an_ant_is_done_by_its_height_or_a_state_not_finite_and_then_stays(mujoco):
+    for place, value, done in ((2, 0.15, 1), (2, 0.25, 0), (2, 0.99, 0), (2, 1.02, 1), (15, 1e200, 1)):
+        environment = rl.Locomotion("ant-dir", [1.0], 2, oracle=True)
+        environment.reset(np.random.default_rng(0))
+        environment.states[0, place] = value
+        _, first, ended = environment.step(np.zeros((1, 2, 8)))
+        assert ended.tolist() == [[done, False]] and first[0, 0] != 0
+        seen, second, _ = environment.step(np.ones((1, 2, 8)))
+        again, _, ended = environment.step(np.ones((1, 2, 8)))
+        stays = np.array_equal(again[0, 0], seen[0, 0], equal_nan=True)
+        assert (second[0, 0] == 0) == stays == ended[0, 0] == done
+        assert second[0, 1] != 0 and again.shape == (1, 2, 126)
 
 
 def test_frames_are_skipped_as_the_setting_says(mujoco):
