@@ -1424,27 +1424,29 @@ def cell(summary, scale, digits):
 
 # Pictures: each is a function of its own, to be changed at will -------------------------------------
 
+GREY, BLUE, NAVY, RED, GREEN = "#7f8c8d", "#2e86c1", "#154360", "#c0392b", "#1e8449"
+
 
 def check_plot(args, experiments):
     """Unusable where --plot could not be drawn."""
     if not args.plot:
         return
+    canvas = canvas_of(1, 1)
     try:
-        from matplotlib import backend_bases
-    except ImportError:
-        raise Unusable("--plot needs matplotlib; pip install matplotlib") from None
-    suffix = os.path.splitext(args.plot)[1].lstrip(".")
-    known = backend_bases.FigureCanvasBase.get_supported_filetypes()
-    if suffix not in known:
-        raise Unusable(
-            f"--plot {args.plot}: unknown kind of picture; end the name in one of {', '.join(sorted(known))}"
-        )
-    try:
-        canvas_of(1, 1).savefig(io.BytesIO(), format=suffix)
+        canvas.savefig(io.BytesIO(), format=os.path.splitext(args.plot)[1][1:])
     except Exception as error:  # whatever that format's library says
         raise Unusable(f"--plot {args.plot}: cannot be drawn ({tasks.one_line(error)}); end the name in png")
     if len({experiment.picture for experiment in experiments}) > 1:
         raise Unusable("--plot draws checkpoints of one kind of task; leave the others out of --evaluate")
+
+
+def canvas_of(width, height):
+    """A matplotlib figure, in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise Unusable("pictures need matplotlib; pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_picture(path, canvas):
@@ -1459,94 +1461,90 @@ def plot(models, curves, log):
     return draw(models, curves, log)
 
 
-def canvas_of(width, height):
-    from matplotlib.figure import Figure
+def panel(axes, curves, experiment, **limits):
+    """The metric of unseen tasks against gradient steps: curves are (name, rows of `summarize`).
 
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def panel(axes, curves, ylabel, **limits):
-    """A metric against gradient steps, with its intervals: curves are (name, middle, half width)."""
-    for i, (name, middle, half) in enumerate(curves):
-        marker = "osv^D*PX"[i % 8]
-        (line,) = axes.plot(middle, marker=marker, ms=4, lw=1.2, label=name)
-        axes.fill_between(range(len(middle)), middle - half, middle + half, color=line.get_color(), alpha=0.2)
-    axes.set(xlabel="gradient steps", ylabel=ylabel, **limits)
+    The mean and its interval, or the median where tasks diverged; the last of them stands beside the name.
+    """
+    for (name, rows), marker in zip(curves, itertools.cycle("osv^D*PX")):
+        diverged = any(row["diverged"] for row in rows)
+        middle = np.array([row["median" if diverged else "mean"] for row in rows])
+        half = np.array([0 if diverged else row["ci95"] for row in rows])
+        label = f"{name}: {cell(rows[-1], experiment.scale, experiment.digits)}"
+        (line,) = axes.plot(experiment.scale * middle, marker=marker, ms=4, lw=1.2, label=label)
+        low, high = experiment.scale * (middle - half), experiment.scale * (middle + half)
+        axes.fill_between(range(len(rows)), low, high, color=line.get_color(), alpha=0.25, lw=0)
+    axes.set(xlabel="gradient steps", **limits)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_title("unseen tasks", loc="left", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    axes.set_title(experiment.heading.split(";")[0], loc="left", fontsize=10)
+    lines = axes.get_legend_handles_labels()
+    axes.figure.legend(*lines, fontsize=8, loc="outside lower left", frameon=False)
 
 
-def middles(curves, scale):
-    """Rows of `summarize` as `panel` has them: the mean, or the median where tasks diverged."""
-    for name, rows in curves:
-        bad = any(row["diverged"] for row in rows)
-        middle = np.array([row["median" if bad else "mean"] for row in rows])
-        half = np.array([0 if bad else row["ci95"] for row in rows])
-        yield f"{name}{' (median)' * bad}", scale * middle, scale * half
+def learning(axes, log, scale=1):
+    """What --log has written: the metric before and after adaptation against meta-iterations."""
+    with open(log, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for when, color in {"before": GREY, "after": BLUE}.items():
+        values = [scale * float(row[when]) for row in rows]
+        axes.plot(
+            [int(row["iteration"]) for row in rows],
+            values,
+            "o-",
+            ms=3,
+            color=color,
+            label=f"{when} adaptation",
+        )
+    axes.set(xlabel="meta-iterations")
 
 
 def plot_sinusoids(models, curves, _):
     """As figure 2 of the paper: test sinusoids before and after adaptation, a row a model; and the error."""
-    canvas, shown = canvas_of(13, 2.7 * len(models) + 1.2), 3
-    left, right = canvas.subfigures(1, 2, width_ratios=[3, 1.3])
-    grid = left.subplots(len(models), shown, squeeze=False, sharex=True, sharey="row")
+    canvas = canvas_of(10, 2.2 * len(models) + 0.8)
+    left, right = canvas.subfigures(1, 2, width_ratios=[2, 1])
+    grid = left.subplots(len(models), 3, squeeze=False, sharex=True, sharey=True)
     for row, (experiment, learned) in zip(grid, models):
         plot_fits(row, experiment, learned)
-    left.legend(
-        *grid[0, 0].get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower left", frameon=False
-    )
-    panel(right.subplots(), middles(curves, 1), "query MSE", yscale="log")
+    lines = grid[0, 0].get_legend_handles_labels()
+    left.legend(*lines, fontsize=8, ncols=5, loc="outside lower center", frameon=False)
+    axes = right.subplots()
+    panel(axes, curves, models[0][0], yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
     return canvas
 
 
 def plot_fits(row, experiment, learned):
     """Test sinusoids of one model before and after adaptation, one on each of the axes."""
-    shots, line = experiment.settings["shots"], np.linspace(-5, 5, 200)
+    shots, steps = experiment.settings["shots"], {0: ("before", ":", GREY), 1: ("after 1 step", "--", BLUE)}
+    steps[10] = "after 10 steps", "-", NAVY
+    support, (x, y) = experiment.sample("test", shots, 500)(experiment.stream("test"), tasks=len(row))
     theta, alpha = experiment.adaptation(learned)
-    drawn = experiment.sample("test", shots, len(line))(experiment.stream("test"), tasks=len(row))
-    _, (latent, _) = tasks.sinusoid(experiment.stream("test"), len(row), shots, 1, oracle=True)
-    (x, y), (shown, _) = drawn
-    shown = shown.copy()
-    shown[..., 0] = line
-    styles = {
-        0: ("before", ":", "#7f8c8d"),
-        1: ("after 1 step", "--", "#2e86c1"),
-        10: ("10 steps", "-", "#1a5276"),
-    }
-    outs = {
-        steps: experiment.network.apply(adapt(experiment.loss, theta, (x, y), alpha, steps), shown)
-        for steps in styles
-    }
+    thetas = {count: adapt(experiment.loss, theta, support, alpha, count) for count in steps}
+    outs = {count: experiment.network.apply(adapted, x) for count, adapted in thetas.items()}
     for i, axes in enumerate(row):
-        axes.plot(
-            line, latent[i, 0, 1] * np.sin(line - latent[i, 0, 2]), color="#c0392b", lw=1.5, label="truth"
-        )
-        for steps, (name, style, color) in styles.items():
-            axes.plot(line, np.clip(outs[steps][i, :, 0], -12, 12), style, color=color, lw=1.5, label=name)
-        axes.plot(x[i, :, 0], y[i, :, 0], "^", color="#6c3483", ms=6, label="support")
-        axes.margins(y=0.08)
+        order = x[i, :, 0].argsort()
+        axes.plot(x[i, order, 0], y[i, order, 0], color=RED, lw=2.5, alpha=0.5, label="truth")
+        for count, (name, style, color) in steps.items():
+            axes.plot(x[i, order, 0], outs[count][i, order, 0], style, color=color, lw=1.5, label=name)
+        axes.plot(support[0][i, :, 0], support[1][i, :, 0], "^", color="black", ms=5, label="examples")
+        axes.set(ylim=(-7, 7), xticks=[-4, 0, 4], yticks=[-4, 0, 4])
     row[0].set_title(f"{experiment.method}, K = {shots}", loc="left", fontsize=10)
 
 
 def plot_images(models, curves, log):
     """A test task before and after adaptation, accuracy against gradient steps, and the learning curve."""
-    canvas = canvas_of(13, 5.2)
-    left, right = canvas.subfigures(1, 2, width_ratios=[1.7, 1])
+    canvas = canvas_of(10, 4.6)
+    left, right = canvas.subfigures(1, 2, width_ratios=[1.6, 1])
     plot_episode(left, *next((m for m in models if m[0].method != "nearest"), models[0]))
-    steps, *learning = right.subplots(2 if log else 1, 1, squeeze=False)[:, 0]
-    chance = 100 / models[0][0].settings["ways"]
-    steps.axhline(chance, color="#7f8c8d", lw=1, ls=":", label="chance")
-    panel(steps, middles(curves, 100), "query accuracy, %", ylim=(0, 103))
-    for axes in learning:
-        with open(log, newline="") as file:
-            rows = (
-                np.array([tuple(map(float, row.values())) for row in csv.DictReader(file)]).reshape(-1, 4).T
-            )
-        for name, row in zip(("before", "after"), rows[2:]):
-            axes.plot(rows[0], 100 * row, "o-", ms=3, lw=1.2, label=f"{name} adaptation")
-        axes.set(xlabel="meta-iterations", ylabel="validation accuracy, %", ylim=(0, 103))
-        axes.legend(fontsize=8, frameon=False)
+    experiment, axes = models[0][0], right.subplots(2 if log else 1, 1, squeeze=False)[:, 0]
+    for each in axes:
+        each.axhline(100 / experiment.settings["ways"], color=GREY, lw=1, ls=":", label="chance")
+    if log:
+        learning(axes[0], log, experiment.scale)
+        axes[0].set(ylim=(0, 103))
+        axes[0].legend(fontsize=8, frameon=False)
+        axes[0].set_title("validation accuracy in %", loc="left", fontsize=10)
+    panel(axes[-1], curves, experiment, ylim=(0, 103))
     return canvas
 
 

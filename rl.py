@@ -714,7 +714,7 @@ def plot(models, curves, log):
         draw(part, *model)
     lines = {label: line for axes in canvas.axes for line, label in zip(*axes.get_legend_handles_labels())}
     left.legend(lines.values(), lines.keys(), ncols=6, loc="outside lower center", frameon=False)
-    maml.panel(right.subplots(), maml.middles(curves, 1), "return")
+    maml.panel(right.subplots(), curves, models[0][0])
     return canvas
 
 

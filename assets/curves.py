@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT
+"""Learning curves of runs, from their --log files: python -m assets.curves FILE.png LOG.csv[=PAPER] ...
+
+Before and after adaptation, of images on validation tasks, of reinforcement learning on the meta-batch; PAPER
+is a published figure, in the unit of the log (accuracy: 0.487), as a line.
+"""
+
+import os
+import sys
+
+import maml
+
+
+def plot_curves(canvas, runs):
+    """A panel for each {log: the paper's figure as a text, or nothing}."""
+    grid = canvas.subplots(-(-len(runs) // 3), min(len(runs), 3), squeeze=False).ravel()
+    for axes, (log, figure) in zip(grid, runs.items()):
+        if figure:
+            axes.axhline(float(figure), color=maml.RED, lw=1, ls="--", label="the paper's figure")
+        maml.learning(axes, log)
+        axes.set_title(os.path.splitext(os.path.basename(log))[0], loc="left", fontsize=10)
+    lines = {name: line for axes in grid for line, name in zip(*axes.get_legend_handles_labels())}
+    canvas.legend(lines.values(), lines, ncols=3, loc="outside lower center", frameon=False)
+    for axes in grid[len(runs) :]:
+        axes.set_axis_off()
+
+
+def main(path, *logs):
+    runs = {log: figure for log, _, figure in (word.partition("=") for word in logs)}
+    canvas = maml.canvas_of(9, 0.4 + 2.5 * -(-len(runs) // 3))
+    plot_curves(canvas, runs)
+    maml.save_picture(path, canvas)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: python -m assets.curves FILE.png LOG.csv[=PAPER] ...")
+    try:
+        main(*sys.argv[1:])
+    except KeyError as error:
+        sys.exit(f"curves.py: a log without a column {error}")
+    except (maml.Unusable, OSError, ValueError) as error:
+        sys.exit(f"curves.py: {error}")
