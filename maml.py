@@ -1424,7 +1424,7 @@ def cell(summary, scale, digits):
 
 # Pictures: each is a function of its own, to be changed at will -------------------------------------
 
-GREY, BLUE, NAVY, RED, GREEN = "#7f8c8d", "#2e86c1", "#154360", "#c0392b", "#1e8449"
+PALE, GREY, BLUE, NAVY, RED, GREEN = "#bdc3c7", "#7f8c8d", "#2e86c1", "#154360", "#c0392b", "#1e8449"
 
 
 def check_plot(args, experiments):
@@ -1470,8 +1470,8 @@ def panel(axes, curves, experiment, **limits):
         diverged = any(row["diverged"] for row in rows)
         middle = np.array([row["median" if diverged else "mean"] for row in rows])
         half = np.array([0 if diverged else row["ci95"] for row in rows])
-        label = f"{name}: {cell(rows[-1], experiment.scale, experiment.digits)}"
-        (line,) = axes.plot(experiment.scale * middle, marker=marker, ms=4, lw=1.2, label=label)
+        name += f"{' (median)' * diverged}: {cell(rows[-1], experiment.scale, experiment.digits)}"
+        (line,) = axes.plot(experiment.scale * middle, marker=marker, ms=4, lw=1.2, label=name)
         low, high = experiment.scale * (middle - half), experiment.scale * (middle + half)
         axes.fill_between(range(len(rows)), low, high, color=line.get_color(), alpha=0.25, lw=0)
     axes.set(xlabel="gradient steps", **limits)
@@ -1485,16 +1485,10 @@ def learning(axes, log, scale=1):
     """What --log has written: the metric before and after adaptation against meta-iterations."""
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
+    iterations = [int(row["iteration"]) for row in rows]
     for when, color in {"before": GREY, "after": BLUE}.items():
         values = [scale * float(row[when]) for row in rows]
-        axes.plot(
-            [int(row["iteration"]) for row in rows],
-            values,
-            "o-",
-            ms=3,
-            color=color,
-            label=f"{when} adaptation",
-        )
+        axes.plot(iterations, values, "o-", ms=3, color=color, label=f"{when} adaptation")
     axes.set(xlabel="meta-iterations")
 
 
@@ -1550,34 +1544,32 @@ def plot_images(models, curves, log):
 
 def plot_episode(canvas, experiment, learned):
     """Support images above; a query image of each class below them, with its probabilities."""
-    s, shown = experiment.settings, min(experiment.settings["ways"], 6)
-    shots = min(s["shots"], 3)
+    s, steps = experiment.settings, max(experiment.settings["steps"], 3)
+    ways, shots = np.arange(s["ways"]) + 1, min(s["shots"], 3)
     support, query = experiment.sample("test", s["shots"], 1)(experiment.stream("test"), tasks=1)
     theta, alpha = experiment.adaptation(learned)
-    steps = 3 if s["task"] == "omniglot" and s["ways"] <= 10 else max(s["steps"], 5)
-    probability = {}
-    for name, count in (("before", 0), (f"after {steps} steps", steps)):
-        out = experiment.network.apply(adapt(experiment.loss, theta, support, alpha, count), query[0])[0]
-        out = np.exp(out - out.max(axis=-1, keepdims=True))
-        probability[name] = out / out.sum(axis=-1, keepdims=True)
-    grid = canvas.subplots(shots + 2, shown, squeeze=False, height_ratios=[1] * (shots + 1) + [1.3])
+    grid = canvas.subplots(shots + 2, min(len(ways), 6), squeeze=False, sharey="row")
+    for i, name, color, aside in ((0, "before", PALE, -0.2), (steps, f"after {steps} steps", NAVY, 0.2)):
+        out = experiment.network.apply(adapt(experiment.loss, theta, support, alpha, i), query[0])[0]
+        chances = np.exp(out - out.max(axis=-1, keepdims=True))
+        chances /= chances.sum(axis=-1, keepdims=True)
+        for axes, chance in zip(grid[-1], chances):
+            axes.bar(ways + aside, chance, 0.4, color=color, label=name)
     for label, column in enumerate(grid.T):
         images = [*support[0][0, label * s["shots"] :][:shots], query[0][0, label]]
         for axes, image in zip(column, images):
             axes.imshow(image if image.shape[-1] == 3 else 1 - image[..., 0], cmap="gray", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
         column[0].set_title(f"class {label + 1}", fontsize=9)
-        axes, ways = column[-1], np.arange(s["ways"]) + 1
-        for (name, out), color, shift in zip(probability.items(), ("#bdc3c7", "#1a5276"), (-0.2, 0.2)):
-            axes.bar(ways + shift, out[label], 0.4, color=color, label=name)
-        said, sure = out[label].argmax(), out[label].max()
-        verdict, color = ("right", "#1e8449") if said == label else ("wrong", "#c0392b")
-        axes.set_title(f"class {said + 1}, {100 * sure:.0f} %: {verdict}", fontsize=9, color=color)
-        axes.set(ylim=(0, 1), yticks=[0, 1] if label == 0 else [], xticks=ways if s["ways"] <= 6 else [])
+        said = chances[label].argmax()
+        verdict, color = ("right", GREEN) if said == label else ("wrong", RED)
+        verdict = f"class {said + 1}, {chances[label, said]:.0%}\n{verdict}"
+        column[-1].set_title(verdict, fontsize=9, color=color, fontweight="bold")
+        column[-1].set(ylim=(0, 1), yticks=[0, 1], xticks=ways if len(ways) <= 6 else [1, len(ways)])
     for axes, name in zip(grid[:, 0], ["support"] * shots + ["query", "probability"]):
         axes.set_ylabel(name, fontsize=9)
     lines = grid[-1, 0].get_legend_handles_labels()
-    canvas.legend(*lines, ncols=2, fontsize=8, loc="outside lower left", frameon=False)
+    canvas.legend(*lines, ncols=2, fontsize=8, loc="outside lower center", frameon=False)
 
 
 if __name__ == "__main__":
