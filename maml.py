@@ -1466,12 +1466,12 @@ def panel(axes, curves, experiment, **limits):
 
     The mean and its interval, or the median where tasks diverged; the last of them stands beside the name.
     """
-    for (name, rows), marker in zip(curves, itertools.cycle("osv^D*PX")):
+    for i, (name, rows) in enumerate(curves):
         diverged = any(row["diverged"] for row in rows)
         middle = np.array([row["median" if diverged else "mean"] for row in rows])
         half = np.array([0 if diverged else row["ci95"] for row in rows])
         name += f"{' (median)' * diverged}: {cell(rows[-1], experiment.scale, experiment.digits)}"
-        (line,) = axes.plot(experiment.scale * middle, marker=marker, ms=4, lw=1.2, label=name)
+        (line,) = axes.plot(experiment.scale * middle, marker="osv^D*PX"[i % 8], ms=4, lw=1.2, label=name)
         low, high = experiment.scale * (middle - half), experiment.scale * (middle + half)
         axes.fill_between(range(len(rows)), low, high, color=line.get_color(), alpha=0.25, lw=0)
     axes.set(xlabel="gradient steps", **limits)

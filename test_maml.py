@@ -1399,6 +1399,20 @@ def test_plot_draws_a_picture(glyphs, files):
         os.unlink("a.png")
 
 
+def test_scripts_of_assets_draw_pictures(folder, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    from assets import curves, idea
+
+    monkeypatch.setattr(idea, "ITERATIONS", 2)
+    Path("assets").mkdir()
+    idea.main()
+    Path("a.csv").write_text("iteration,loss,before,after\n500,1.5,0.2,0.3\n")
+    curves.main("assets/curves.png", "a.csv=0.487", *4 * ["a.csv"])
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in Path("assets").iterdir())
+    with pytest.raises(OSError, match="none.csv"):
+        curves.main("b.png", "none.csv")
+
+
 def test_short_training_learns_to_adapt(folder):
     """After 1,500 meta-iterations one step leaves 0.9; first order 1.4, and no adaptation at least 3.0."""
     after = {}

@@ -33,11 +33,11 @@ def main(path, *logs):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit("usage: python -m assets.curves FILE.png LOG.csv[=PAPER] ...")
     try:
+        if len(sys.argv) < 3:
+            raise ValueError("name a picture and the --log files: FILE.png LOG.csv[=PAPER] ...")
         main(*sys.argv[1:])
-    except KeyError as error:
-        sys.exit(f"curves.py: a log without a column {error}")
-    except (maml.Unusable, OSError, ValueError) as error:
-        sys.exit(f"curves.py: {error}")
+    except (maml.Unusable, OSError, ValueError, KeyError) as error:
+        text = f"a log has no column {error}" if isinstance(error, KeyError) else error
+        maml.tell(f"curves.py: {text}")
+        sys.exit(2)

@@ -74,4 +74,5 @@ if __name__ == "__main__":
     try:
         main()
     except (maml.Unusable, OSError) as error:
-        sys.exit(f"idea.py: {error}")
+        maml.tell(f"idea.py: {error}")
+        sys.exit(2)
