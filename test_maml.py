@@ -1284,7 +1284,7 @@ BAD = {
         ("--evaluate good.npz --save b.npz", "--save does not go"),
         ("--evaluate good.npz --iterations 5", "--iterations does not go"),
         ("--evaluate good.npz --method anil", "trained with method maml, not anil"),
-        ("--evaluate good.npz --plot a.xyz", "a.xyz: unknown kind of picture"),
+        ("--evaluate good.npz --plot a.xyz", "a.xyz: cannot be drawn .Format 'xyz'"),
         ("--evaluate good.npz glyphs.npz --data glyphs --plot b.png", "one kind of task"),
         ("--resume good.npz --alpha 0.5", "trained with alpha 0.01, not 0.5"),
         ("--resume good.npz --iterations 10", "at iteration 40"),
