@@ -337,10 +337,12 @@ def evaluate(loss, theta, sample, rng, tasks, alpha, steps, metric=None, parcel=
 
 def curve(loss, theta, support, query, alpha, steps, metric):
     """`evaluate` on given tasks: -> [steps + 1, T]."""
-    thetas = [adapt(loss, theta, support, alpha, 0)]
+    theta = adapt(loss, theta, support, alpha, 0)
+    rows = [metric(theta, *query)]
     for _ in range(steps):
-        thetas.append(adapt(loss, thetas[-1], support, alpha, 1))
-    return np.stack([metric(theta, *query) for theta in thetas])
+        theta = adapt(loss, theta, support, alpha, 1)
+        rows.append(metric(theta, *query))
+    return np.stack(rows)
 
 
 def summarize(values, threshold=np.inf, worst=np.inf):
@@ -859,6 +861,12 @@ def alone(network, theta, x):
     return np.concatenate([network.forward(theta, one)[0][:, -1:] for one in sets], axis=1)
 
 
+def softmax(out):
+    """Outputs [..., ways] as probabilities."""
+    chances = np.exp(out - out.max(axis=-1, keepdims=True))
+    return chances / chances.sum(axis=-1, keepdims=True)
+
+
 def with_support(rng, tasks, sample):
     """A sample, but of queries as `alone` has them."""
     support, (x, y) = sample(rng, tasks=tasks)
@@ -1343,6 +1351,9 @@ def dask_client(address, module):
 
 def classify(models, args):
     """The class and its probability of each query image in --adapt's folder."""
+    for flag in ("data", "results", "plot", "workers", "scheduler"):
+        if getattr(args, flag):
+            raise Unusable(f"--adapt prints its answer alone, so --{flag} does not go with it; leave it out")
     for experiment, learned in models:
         s, network = experiment.settings, experiment.network
         if s["task"] == "sinusoid" or s["method"] == "nearest":
@@ -1361,9 +1372,8 @@ def classify(models, args):
             raise FloatingPointError(
                 f"the outputs diverge within {steps} steps: lower --alpha or --eval-steps"
             )
-        odds = np.exp(out - out.max(axis=1, keepdims=True))
         lines = [f"{'class':<24}{'probability':<14}query"]
-        for file, row in zip(files, odds / odds.sum(axis=1, keepdims=True)):
+        for file, row in zip(files, softmax(out)):
             lines.append(f"{classes[row.argmax()]:<24}{row.max():<14.3f}{file}")
         tell("\n".join(lines), to="stdout")
 
@@ -1551,8 +1561,7 @@ def plot_episode(canvas, experiment, learned):
     grid = canvas.subplots(shots + 2, min(len(ways), 6), squeeze=False, sharey="row")
     for i, name, color, aside in ((0, "before", PALE, -0.2), (steps, f"after {steps} steps", NAVY, 0.2)):
         out = experiment.network.apply(adapt(experiment.loss, theta, support, alpha, i), query[0])[0]
-        chances = np.exp(out - out.max(axis=-1, keepdims=True))
-        chances /= chances.sum(axis=-1, keepdims=True)
+        chances = softmax(out)
         for axes, chance in zip(grid[-1], chances):
             axes.bar(ways + aside, chance, 0.4, color=color, label=name)
     for label, column in enumerate(grid.T):

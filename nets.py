@@ -46,12 +46,12 @@ class Network:
 
     def init(self, rng, dtype=np.float32):
         """theta [P] at the start of training: weights as their layer draws them, vectors zero."""
-        starts = [
-            layer.draw(rng, shape) if len(shape) > 1 else np.zeros(shape)
+        starts = {
+            name: layer.draw(rng, shape) if len(shape) > 1 else np.zeros(shape)
             for layer in self.layers
-            for shape in layer.shapes.values()
-        ]
-        return self.flatten(dict(zip(self.shapes, starts))).astype(dtype)
+            for name, shape in layer.shapes.items()
+        }
+        return self.flatten(starts).astype(dtype)
 
     def flatten(self, arrays):
         """{name: array [*shape]} -> theta [P], the inverse of `unflatten`."""

@@ -416,9 +416,7 @@ def load_own(folder, shape):
     queries = sorted(file for where in (folder, folder / "query") for file in where.glob("*") if _image(file))
     for name, files in [*classes.items(), ("", queries)]:
         if not files:
-            what = (
-                "a class needs support images" if name else "there is no query; put some beside the classes"
-            )
+            what = "a class needs support images" if name else "put queries beside the classes"
             raise ValueError(f"{folder / name}: no JPEG or PNG: {what}")
     files = [folder / name / file for name, some in classes.items() for file, *_ in some]
     x = np.stack([_photo(file, shape) for file in [*files, *queries]])[None] / np.float32(255)
@@ -430,14 +428,14 @@ def _photo(file, shape=(84, 84, 3)):
     from PIL import Image
 
     height, width, channels = shape
-    kind, filter = ("RGB", Image.Resampling.LANCZOS) if channels == 3 else ("L", Image.Resampling.BOX)
+    mode, resampling = ("RGB", Image.Resampling.LANCZOS) if channels == 3 else ("L", Image.Resampling.BOX)
     try:
         with Image.open(file, formats=("JPEG", "PNG")) as image:
             if image.width * image.height > 1 << 25:
                 raise ValueError(f"{image.width}x{image.height} pixels")
             if image.mode.startswith("I"):  # 16-bit grey, which conversion would cut off at 255
                 image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
-            pixels = np.asarray(image.convert(kind).resize((width, height), filter))
+            pixels = np.asarray(image.convert(mode).resize((width, height), resampling))
             return pixels if channels == 3 else 255 - pixels[..., None]
     except Exception as error:
         raise ValueError(f"{file}: does not decode ({one_line(error)}): replace or remove it") from error

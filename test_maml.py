@@ -1280,6 +1280,7 @@ BAD = {
         ("--adapt own", "needs a trained model"),
         ("--evaluate glyphs.npz --adapt own", "own/third: no JPEG or PNG"),
         ("--evaluate glyphs.npz --adapt .", "no JPEG or PNG"),
+        ("--evaluate glyphs.npz --adapt own --results r.csv", "--results does not go with it"),
         ("--evaluate good.npz --resume good.npz", "--resume does not go"),
         ("--evaluate good.npz --save b.npz", "--save does not go"),
         ("--evaluate good.npz --iterations 5", "--iterations does not go"),
