@@ -213,8 +213,6 @@ def _transposed_times(a, u, out):
     if out.ndim == 3:
         return np.matmul(a.mT, u, out=out)
     tasks, n = a.shape[:2]
-    if tasks * n <= 500:
-        return np.matmul(a.reshape(tasks * n, -1).T, u.reshape(tasks * n, -1), out=out)
     group = max(size for size in range(1, 2 + 500 // n) if tasks % size == 0)
     a, u = (array.reshape(tasks // group, group * n, -1) for array in (a, u))
     return np.matmul(a.mT, u).sum(axis=0, out=out)
