@@ -5,12 +5,12 @@ Without a word the sinusoids. images: convolutional networks; memory: peaks by i
 meta-iteration; scaling: all cores against one, and a model of many workers.
 
 JAX and PyTorch are written as their users do: a list of arrays, vmap over tasks, jit or torch.compile, one
-scan for the whole run. All sides are float32, and equal, which is asserted before anything is timed. They
-take turns, in blocks of calls, and each shows the median of its blocks, so that a machine whose speed drifts
-slows all alike; × is how many times ours is as fast. Of PyTorch on one thread and on all cores the faster
-counts; it gains by the heap that `maml.one_blas_thread` keeps, as ours does. The limit is the share of our
-time that the definition's matrix products alone would take, at NumPy's speed at their shapes (on all cores,
-where ours uses them).
+scan for the whole run. All sides are float32, and equal (images: in float64, on two tasks, whose compile
+time is shown), which is asserted before anything is timed. They take turns, in blocks of calls, and each
+shows the median of its blocks, so that a machine whose speed drifts slows all alike; × is how many times ours
+is as fast. Of PyTorch on one thread and on all cores the faster counts; it gains by the heap that
+`maml.one_blas_thread` keeps, as ours does. The limit is the share of our time that the definition's matrix
+products alone would take, at NumPy's speed at their shapes (on all cores, where ours uses them).
 """
 
 import math
@@ -308,12 +308,11 @@ def images():
     columns = "torch.func", "compiled"
     header(columns)
     for words in ("--task omniglot", "--task omniglot --ways 20", "--task miniimagenet"):
-        # Rounding to float32 tips single ReLUs and pools over: PyTorch's own forms differ by some per cent.
+        # Equal in float64: rounding to float32 tips single ReLUs and pools over, by some 15 % of MiniImagenet's gradient.
         two = image_experiment(words + " --meta-batch 2 --dtype float64")
-        sides = meta_gradient_sides(two, two.start().theta)
-        check({name: side for name, side in sides.items() if not name.startswith("compiled")}, 1e-8)
+        check(meta_gradient_sides(two, two.start().theta), 1e-8)
         experiment = image_experiment(words)
-        sides = check(meta_gradient_sides(experiment, experiment.start().theta), 0.1)
+        sides = meta_gradient_sides(experiment, experiment.start().theta)
         row(words, meta_gradient_limit(experiment, maml.cores()), sides, columns, blocks=3)
 
 
