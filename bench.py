@@ -308,7 +308,7 @@ def images():
     columns = "torch.func", "compiled"
     header(columns)
     for words in ("--task omniglot", "--task omniglot --ways 20", "--task miniimagenet"):
-        # Equal in float64: rounding to float32 tips single ReLUs and pools over, by some 15 % of MiniImagenet's gradient.
+        # In float32 rounding tips single ReLUs and pools over: some 15 % of MiniImagenet's gradient.
         two = image_experiment(words + " --meta-batch 2 --dtype float64")
         check(meta_gradient_sides(two, two.start().theta), 1e-8)
         experiment = image_experiment(words)
