@@ -2244,12 +2244,19 @@ def test_readme_examples_run_and_learn(folder):
     assert error(names["predicted"], names["y"]) < 1
 
 
-def test_the_readmes_figures_are_those_of_the_weights():
-    models = sorted((HERE / "assets/weights").glob("*.npz"))
-    lines = README.splitlines()
-    for model in models:
-        assert any(line.startswith(assets.tables.row(model)) for line in lines), model
-    assert len(models) > 1 and sum(model.stat().st_size for model in models) < 5e6
+def test_the_readmes_figures_are_those_of_the_weights_and_tables(folder):
+    models, lines = sorted((HERE / "assets/weights").glob("*.npz")), README.splitlines()
+    rows = [*map(assets.tables.row, models), *assets.tables.sinusoid_rows()]
+    assert all(any(line.startswith(row) for line in lines) for row in rows) and len(rows) > 9
+    assert sum(model.stat().st_size for model in models) < 5e6
+    head, *rows = (HERE / "assets/sinusoid.csv").read_text().splitlines()
+    parts = {}
+    for row in rows:
+        seed, _, method = row.split(",")[:3]
+        parts.setdefault(f"{method}-{seed}.csv", [head[5:]]).append(row[2:])
+    for name, some in parts.items():
+        Path(name).write_text("\n".join([*some, ""]))
+    assert assets.tables.joined(reversed(parts)) == "\n".join([head, *rows, ""])
 
 
 def test_readme_commands_are_understood():

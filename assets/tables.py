@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The README's table of the models in assets/weights: python -m assets.tables
+"""The README's tables, of the models in assets/weights and of the sinusoids: python -m assets.tables
 
-Beside NAME.npz stand the --results of its evaluation, NAME.csv, and of 2,400 tasks, NAME-2400.csv.
+Beside NAME.npz stand the --results of its evaluation, NAME.csv, and of 2,400 tasks, NAME-2400.csv. From
+--results named METHOD-SEED.csv, where such are given, assets/sinusoid.csv is made anew.
 """
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ import numpy as np
 import maml
 import rl
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS, SINUSOIDS = (Path(__file__).with_name(name) for name in ("weights", "sinusoid.csv"))
+SHOWN = (5, 0), (5, 1), (5, 5), (5, 10), (10, 1), (10, 10), (20, 1), (20, 10)  # K, gradient steps
 
 
 def results(path):
@@ -49,5 +52,34 @@ def row(weights):
     return f"| {' | '.join(cells)} |"
 
 
+def joined(paths):
+    """The rows of METHOD-SEED.csv files as one table, with the seed in front."""
+    tables = {}
+    for path in map(Path, paths):
+        head, *lines = path.read_text().splitlines()
+        method, _, seed = path.stem.rpartition("-")
+        tables[(maml.METHODS + maml.BASELINES).index(method), seed] = [f"{seed},{line}" for line in lines]
+    return "\n".join([f"seed,{head}", *(line for key in sorted(tables) for line in tables[key]), ""])
+
+
+def sinusoid_rows():
+    """A line a method: the mean over seeds, the lowest and highest, or how many tasks diverged."""
+    with open(SINUSOIDS, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [f"`{method}`"]
+        for at in SHOWN:
+            some = [r for r in rows if r["method"] == method and (int(r["shots"]), int(r["step"])) == at]
+            means, diverged = [float(r["mean"]) for r in some], sum(int(r["diverged"]) for r in some)
+            mean = sum(means) / len(means)
+            digits = 2 if mean >= 0.1 else 3
+            low, high = (f"{end(means):.{digits}f}" for end in (min, max))
+            cells.append(f"{diverged} diverged" if diverged else f"{mean:.{digits}f} ({low} to {high})")
+        yield f"| {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
-    print("\n".join(row(weights) for weights in sorted(WEIGHTS.glob("*.npz"))))
+    if sys.argv[1:]:
+        with maml.writing(SINUSOIDS) as file:
+            file.write(joined(sys.argv[1:]).encode())
+    print(*map(row, sorted(WEIGHTS.glob("*.npz"))), "", *sinusoid_rows(), sep="\n")
