@@ -1480,7 +1480,8 @@ def panel(axes, curves, experiment, **limits):
         diverged = any(row["diverged"] for row in rows)
         middle = np.array([row["median" if diverged else "mean"] for row in rows])
         half = np.array([0 if diverged else row["ci95"] for row in rows])
-        name += f"{' (median)' * diverged}: {cell(rows[-1], experiment.scale, experiment.digits)}"
+        median = f"median {experiment.scale * middle[-1]:.{experiment.digits}f}, as tasks diverge"
+        name += f": {median if diverged else cell(rows[-1], experiment.scale, experiment.digits)}"
         (line,) = axes.plot(experiment.scale * middle, marker="osv^D*PX"[i % 8], ms=4, lw=1.2, label=name)
         low, high = experiment.scale * (middle - half), experiment.scale * (middle + half)
         axes.fill_between(range(len(rows)), low, high, color=line.get_color(), alpha=0.25, lw=0)

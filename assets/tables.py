@@ -23,8 +23,11 @@ def results(path):
     """(K, step) -> summary, of a table of --results."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    numbers = "mean", "ci95", "median", "diverged", "tasks"
-    return {(int(row["shots"]), int(row["step"])): {key: float(row[key]) for key in numbers} for row in rows}
+    kinds = {"mean": float, "ci95": float, "median": float, "diverged": int, "tasks": int}
+    return {
+        (int(row["shots"]), int(row["step"])): {key: kind(row[key]) for key, kind in kinds.items()}
+        for row in rows
+    }
 
 
 def row(weights):
