@@ -9,7 +9,7 @@ scan for the whole run. All sides are float32, and equal (images: in float64, on
 time is shown), which is asserted before anything is timed. They take turns, in blocks of calls, and each
 shows the median of its blocks, so that a machine whose speed drifts slows all alike; × is how many times ours
 is as fast. Of PyTorch on one thread and on all cores the faster counts; it gains by the heap that
-`maml.one_blas_thread` keeps, as ours does. The limit is the share of our time that the definition's matrix
+`cli.one_blas_thread` keeps, as ours does. The limit is the share of our time that the definition's matrix
 products alone would take, at NumPy's speed at their shapes (on all cores, where ours uses them).
 """
 
@@ -32,6 +32,7 @@ import autograd.numpy as anp
 import numpy as np
 from autograd import grad, make_vjp
 
+import cli
 import maml
 import nets
 import rl
@@ -39,7 +40,7 @@ import tasks
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # compile times are those of a first call
 jax, torch = (import_module(name) if find_spec(name) else None for name in ("jax", "torch"))
-THREADS = sorted({1, maml.cores()})
+THREADS = sorted({1, cli.cores()})
 
 # Measuring -------------------------------------------------------------------------------------
 
@@ -313,7 +314,7 @@ def images():
         check(meta_gradient_sides(two, two.start().theta), 1e-8)
         experiment = image_experiment(words)
         sides = meta_gradient_sides(experiment, experiment.start().theta)
-        row(words, meta_gradient_limit(experiment, maml.cores()), sides, columns, blocks=3)
+        row(words, meta_gradient_limit(experiment, cli.cores()), sides, columns, blocks=3)
 
 
 def memory():
@@ -324,7 +325,7 @@ def memory():
     for way in ways + ["torch.func"] * bool(torch):
         print(f"{way:<38}", end="")
         for n in steps:
-            with maml.process_pool(1) as pool:
+            with cli.process_pool(1) as pool:
                 print(f"{pool.submit(peak, way, n).result():8.0f}", end="", flush=True)
         print()
 
@@ -371,7 +372,7 @@ def reinforcement():
     # Sampling twice, gradients inside and outside; each of CG's products is J, Fisher, Jᵀ; one trial.
     forward, gradient, product = passes(experiment.policy, len(goals), s["trajectories"] * s["horizon"])
     limit = 3 * (forward + gradient) + product + 2 * s["cg_steps"] * (product + gradient - forward)
-    row("navigation, 10 tasks, a meta-iteration", limit / maml.cores(), sides, columns, blocks=3)
+    row("navigation, 10 tasks, a meta-iteration", limit / cli.cores(), sides, columns, blocks=3)
 
 
 def meta_iteration(experiment, theta, outer_problem):
@@ -456,11 +457,11 @@ def scaling():
         with mock.patch.object(maml, "threads", lambda: map):
             return meta_iteration(navigation, navigation.start().theta, rl.outer_problem)
 
-    speed_up("navigation, threads", iteration, maml.threads())
+    speed_up("navigation, threads", iteration, cli.threads())
     for task in ("cheetah-dir", "ant-dir") if find_spec("mujoco") and find_spec("gymnasium") else ():
         models[task] = locomotion(task)
-    with maml.process_pool(1) as pool:
-        alone = partial(maml.pool_map, pool, 1)
+    with cli.process_pool(1) as pool:
+        alone = partial(cli.pool_map, pool, 1)
         speed_up("Omniglot 5-way, through one worker", gradient, alone)
         arrays = np.zeros(1 << 10, np.float32), np.zeros(1 << 22, np.float32)
         sides = {array.nbytes: lambda array=array: [*alone(np.asarray, [array])] for array in arrays}
@@ -487,7 +488,7 @@ def locomotion(task):
 
 
 if __name__ == "__main__":
-    maml.one_blas_thread()  # as the command does; PyTorch and JAX have thread pools of their own
+    cli.one_blas_thread()  # as the command does; PyTorch and JAX have thread pools of their own
     parts = {"": sinusoids, "images": images, "memory": memory, "rl": reinforcement, "scaling": scaling}
     name = "".join(sys.argv[1:2])
     if name in ("-h", "--help"):

@@ -24,8 +24,10 @@ from typing import NamedTuple
 import autograd.numpy as anp
 import numpy as np
 
+import cli
 import maml
 import nets
+from cli import FLOATS, Unusable, count, rate, whole
 
 # Environments ----------------------------------------------------------------------------------
 
@@ -147,7 +149,7 @@ def _mujoco(body):
         import gymnasium
         import mujoco
     except ImportError:
-        raise maml.Unusable('locomotion needs MuJoCo; pip install "gymnasium[mujoco]"') from None
+        raise Unusable('locomotion needs MuJoCo; pip install "gymnasium[mujoco]"') from None
     mujoco.set_mju_user_warning(lambda _: None)  # which would write a file into the current folder
     folder = os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets")
     return mujoco, mujoco.MjModel.from_xml_path(os.path.join(folder, body))
@@ -458,10 +460,10 @@ def trust_region_step(theta, value, gradient, product, objective, max_kl, cg_ste
 # The experiments -------------------------------------------------------------------------------
 
 # The authors' settings (not all are the paper's), but for cheetah-dir's: departure 14 of the README.
-TASKS, FLOATS, count, whole, rate = maml.RL_TASKS, maml.FLOATS, maml.count, maml.whole, maml.rate
-share = maml.number(float, 0, "share (0 to 1)", high=1)
+TASKS = cli.COMMANDS["rl.py"]
+share = cli.number(float, 0, "share (0 to 1)", high=1)
 # fmt: off
-SETTINGS = maml.table_of(  # what a checkpoint keeps
+SETTINGS = cli.table_of(  # what a checkpoint keeps
     TASKS,
     # in the order of TASKS: navigation, cheetah-vel, cheetah-dir, ant-vel, ant-dir
     ("meta_batch",   count,  40,   40,   20,   40,   40,   "tasks a meta-iteration"),
@@ -483,7 +485,7 @@ SETTINGS = maml.table_of(  # what a checkpoint keeps
     ("seed",         whole,  0,    0,    0,    0,    0,    "of every random draw"),
     ("dtype", FLOATS, *["float32"] * 5, "of all arithmetic"),
 )
-EVALUATION = maml.table_of(  # may differ at every evaluation
+EVALUATION = cli.table_of(  # may differ at every evaluation
     TASKS,
     ("eval_tasks",        count, 40,  40,  40,  40,  40,   "unseen tasks for the table"),
     ("eval_trajectories", count, 40,  20,  20,  20,  40,   "trajectories a task and step in it"),
@@ -497,7 +499,7 @@ ALPHA = {  # with which the authors adapt what was not meta-trained
 }
 # fmt: on
 SIZES = {"navigation": (2, 2, 2), "cheetah": (20, 6, 1), "ant": (125, 8, 1)}  # observation, action, goal
-LOWER = "--alpha or --max-kl"  # where training diverges
+BASELINES, LOWER = tuple(ALPHA), "--alpha or --max-kl"  # where training diverges
 
 # The authors' figures, from their result files: (task, method) -> mean return after 0, 1, 2, 3 steps.
 PAPER = {
@@ -548,15 +550,15 @@ def adaptation(settings, loss, theta, trajectories, rates, goals, seeds):
     """
     environment = environment_of(settings, goals, trajectories)
     theta = np.broadcast_to(theta, (len(goals), theta.shape[-1]))
-    for seed, rate in zip(seeds, [*rates, None]):
+    for seed, alpha in zip(seeds, [*rates, None]):
         episodes = rollout(environment, loss.network, theta, np.random.default_rng(seed))
         x, y = batch_of(episodes, settings["discount"], settings["lam"])
         taken = episodes.mask.reshape(len(goals), -1) > 0
         batches = [(x[i : i + 1, steps], y[i : i + 1, steps]) for i, steps in enumerate(taken)]
         yield episodes, batches
-        if rate is not None:
-            slopes = maml.threads()(loss.grad, theta[:, None], *zip(*batches))
-            theta = theta - rate * np.concatenate([*slopes])
+        if alpha is not None:
+            slopes = cli.threads()(loss.grad, theta[:, None], *zip(*batches))
+            theta = theta - alpha * np.concatenate([*slopes])
 
 
 def experience(*given):
@@ -573,7 +575,7 @@ def returns_along(*given):
 @cache
 def processes():
     """map on a process for each core: threads would wait for Python's lock between calls into MuJoCo."""
-    return partial(maml.pool_map, maml.process_pool(maml.cores()), maml.cores())
+    return partial(cli.pool_map, cli.process_pool(cli.cores()), cli.cores())
 
 
 class Experiment:
@@ -581,7 +583,7 @@ class Experiment:
 
     columns, watched = ("before", "after", "kl", "backtracks", "validation"), "return"
     log_every, save_every, smoothed, keeps_best, spreads, validation = 1, 10, 1, True, True, ""
-    metric_name, scale, digits, threshold, worst = "return", 1, 1, np.inf, -np.inf
+    metric_name, scale, digits = "return", 1, 1
     heading = "return: mean ± 95 % interval"
     stream = maml.Experiment.stream
 
@@ -618,7 +620,7 @@ class Experiment:
         given = theta, s["trajectories"], self.rates(s["steps"]), goals, rng, map
         returns, parcels = zip(*self.spread(experience, *given))
         batches = [batch for parcel in parcels for batch in parcel]
-        problem = outer_problem(self.loss, self.alpha, s["order"], theta, batches, maml.threads())
+        problem = outer_problem(self.loss, self.alpha, s["order"], theta, batches, cli.threads())
         before, after = np.concatenate(returns, axis=1)[[0, -1]].mean(axis=1)
         constants = (s[name] for name in ("max_kl", "cg_steps", "damping", "backtrack", "tries"))
         theta, tries, divergence = trust_region_step(theta, *problem, *constants)
@@ -657,7 +659,8 @@ class Experiment:
         return np.concatenate(self.spread(returns_along, *given), axis=1)
 
     def test(self, theta, asked):
-        yield asked["eval_trajectories"], self.curve(theta, "test", *asked.values())
+        returns = self.curve(theta, "test", *asked.values())
+        yield asked["eval_trajectories"], [maml.summarize(r, worst=-np.inf) for r in returns]
 
     def published(self, trajectories):
         figures = PAPER.get((self.settings["task"], self.method), ())
@@ -670,16 +673,16 @@ class Experiment:
 
 # The command line ------------------------------------------------------------------------------
 
-experiment_of = Experiment
+experiment_of, train = Experiment, maml.train
 
 
 def build_parser():
     """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
-    return maml.parser_of(
+    return cli.parser_of(
         "rl.py",
         "MAML with TRPO for reinforcement learning",
         ("maml",),
-        tuple(ALPHA),
+        BASELINES,
         {"dest": "order", "const": 1, "help": "--method maml --order 1"},
         SETTINGS + EVALUATION,
         "sample the trajectories (default: one for each core; navigation, none)",
@@ -689,14 +692,14 @@ def build_parser():
 
 def settings_of(args):
     """What a checkpoint keeps, from the flags and the task's defaults."""
-    named = maml.task_and_method(args, TASKS)
+    named = cli.task_and_method(args, TASKS)
     task, method = named.values()
     usual = {} if method == "maml" else {"steps": 0, "alpha": ALPHA[method][TASKS.index(task)]}
     if args.steps and method != "maml":
-        raise maml.Unusable(f"--steps is for --method maml; --baseline {method} trains with no inner step")
+        raise Unusable(f"--steps is for --method maml; --baseline {method} trains with no inner step")
     if args.backtrack in (0, 1):
-        raise maml.Unusable(f"--backtrack {args.backtrack} never shortens a step; give one between 0 and 1")
-    return named | maml.settled(SETTINGS, task, args, usual, {})
+        raise Unusable(f"--backtrack {args.backtrack} never shortens a step; give one between 0 and 1")
+    return named | cli.settled(SETTINGS, task, args, usual, {})
 
 
 # Pictures --------------------------------------------------------------------------------------
@@ -708,13 +711,13 @@ SHOWN = {0: ("before", "#999999"), 1: ("after 1 step", "#56b4e9"), 3: ("after 3 
 def plot(models, curves, log):
     """What policies do on test tasks before and after adaptation, and the return against gradient steps."""
     draw, height = {"paths": (plot_paths, 3.1), "body": (plot_bodies, 6.4)}[models[0][0].picture]
-    canvas = maml.canvas_of(12, height * len(models) + 0.4)
+    canvas = cli.canvas_of(12, height * len(models) + 0.4)
     left, right = canvas.subfigures(1, 2, width_ratios=[2.8, 1])
     for part, model in zip(left.subfigures(len(models), 1, squeeze=False)[:, 0], models):
         draw(part, *model)
     lines = {label: line for axes in canvas.axes for line, label in zip(*axes.get_legend_handles_labels())}
     left.legend(lines.values(), lines.keys(), ncols=6, loc="outside lower center", frameon=False)
-    maml.panel(right.subplots(), curves, models[0][0])
+    cli.panel(right.subplots(), curves, models[0][0])
     return canvas
 
 
@@ -781,7 +784,12 @@ def outlines(environment, observation):
     return np.concatenate([middle + axis + arc, middle - axis - arc], axis=1)
 
 
+def main(argv=None):
+    """The command line: -> exit code."""
+    return cli.main(argv, sys.modules[__name__])
+
+
 if __name__ == "__main__":
     import rl  # by this name workers find what they are sent
 
-    sys.exit(maml.main(module=rl))
+    sys.exit(rl.main())

@@ -44,6 +44,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import assets.tables
+import cli
 import maml
 import nets
 import rl
@@ -1027,7 +1028,7 @@ def words_of(*parts):
 
 
 def command(*parts, module=maml):
-    return maml.main(words_of(*parts), module)
+    return module.main(words_of(*parts))
 
 
 rl_command = partial(command, module=rl)
@@ -1174,14 +1175,14 @@ def test_ctrl_c_ends_the_next_meta_iteration_and_a_second_one_this(
     folder, monkeypatch, capsys, presses, save
 ):
     """Pressed when it is too late for the checkpoint of iteration 7."""
-    show = maml.Progress.show
+    show = cli.Progress.show
 
     def interrupting(progress, iteration, *rest):
         show(progress, iteration, *rest)
         for _ in range(presses if iteration == 7 else 0):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(maml.Progress, "show", interrupting)
+    monkeypatch.setattr(cli.Progress, "show", interrupting)
     assert command(QUICK, save) == 130
     hint = "saved; go on with --resume a.npz" if save else "nothing was saved (no --save)"
     line = f"interrupted at iteration 8: {hint}" if presses == 1 else "interrupted"
@@ -1222,7 +1223,7 @@ def files(tmp_path_factory, omniglot):
     assert command(GLYPHS, "--data", omniglot, "--ways 3", few, folder / "glyphs.npz") == 0
     assert rl_command(WALK, few, folder / "walk.npz") == 0
     cheetah = rl_experiment("cheetah-dir")
-    maml.save_weights(str(folder / "cheetah.npz"), cheetah.settings, cheetah.start().theta, 0)
+    cli.save_weights(str(folder / "cheetah.npz"), cheetah.settings, cheetah.start().theta, 0)
     (folder / "glyphs").symlink_to(omniglot)
     unpacked(folder / "photographs", {f"{split}/a/{i}.png": b"" for split in SPLITS for i in range(16)})
     unpacked(folder, {"own/third/notes.txt": b"", "afile": b"mine", "empty": b""})
@@ -1639,7 +1640,7 @@ if "MAML_AUTHORS" in os.environ:  # MAML_AUTHORS=authors.npy MAML_DATA=FOLDER, w
     def test_the_authors_weights_reach_what_they_reached_elsewhere(folder):
         """The paper has 48.7 after 10 steps, another user of the weights 46.9: 200 tasks stray by 3.2."""
         theta = np.load(os.environ["MAML_AUTHORS"])
-        maml.save_weights("a.npz", settings_of("--task miniimagenet"), theta, 60_000)
+        cli.save_weights("a.npz", settings_of("--task miniimagenet"), theta, 60_000)
         data = ["--data", Path(os.environ["MAML_DATA"])]
         assert command("--evaluate a.npz --eval-tasks 200 --results r.csv", *data) == 0
         after = [float(row["mean"]) for row in rows_of("r.csv")]
@@ -1790,8 +1791,8 @@ def test_no_damage_to_a_checkpoint_is_more_than_one_line(files, data):
     path = files / "fuzzed.npz"
     path.write_bytes(damaged(data, (files / "good.npz").read_bytes()))
     try:
-        maml.load_checkpoint(str(path), maml)
-    except maml.Unusable as error:
+        cli.load_checkpoint(str(path), maml)
+    except cli.Unusable as error:
         assert "\n" not in str(error) and len(str(error)) < 600
     path.unlink()
 

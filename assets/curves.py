@@ -8,6 +8,7 @@ is a published figure, in the unit of the log (accuracy: 0.487), as a line.
 import os
 import sys
 
+import cli
 import maml
 
 
@@ -27,9 +28,9 @@ def plot_curves(canvas, runs):
 
 def main(path, *logs):
     runs = {log: figure for log, _, figure in (word.partition("=") for word in logs)}
-    canvas = maml.canvas_of(9, 0.4 + 2.5 * -(-len(runs) // 3))
+    canvas = cli.canvas_of(9, 0.4 + 2.5 * -(-len(runs) // 3))
     plot_curves(canvas, runs)
-    maml.save_picture(path, canvas)
+    cli.save_picture(path, canvas)
 
 
 if __name__ == "__main__":
@@ -37,7 +38,7 @@ if __name__ == "__main__":
         if len(sys.argv) < 3:
             raise ValueError("name a picture and the --log files: FILE.png LOG.csv[=PAPER] ...")
         main(*sys.argv[1:])
-    except (maml.Unusable, OSError, ValueError, KeyError) as error:
+    except (cli.Unusable, OSError, ValueError, KeyError) as error:
         text = f"a log has no column {error}" if isinstance(error, KeyError) else error
-        maml.tell(f"curves.py: {text}")
+        cli.tell(f"curves.py: {text}")
         sys.exit(2)

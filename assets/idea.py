@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 
+import cli
 import maml
 import nets
 import tasks
@@ -62,17 +63,17 @@ def plot_idea(canvas, starts, count=14, seed=1):
 
 
 def main():
-    maml.one_blas_thread()
-    canvas = maml.canvas_of(9, 3.4)
+    cli.one_blas_thread()
+    canvas = cli.canvas_of(9, 3.4)
     maml_gradient = partial(maml.meta_gradient, LOSS, alpha=ALPHA, steps=1)
     methods = {"Joint training": partial(maml.joint_gradient, LOSS), "MAML": maml_gradient}
     plot_idea(canvas, {title: trained(outer_gradient) for title, outer_gradient in methods.items()})
-    maml.save_picture("assets/idea.png", canvas)
+    cli.save_picture("assets/idea.png", canvas)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (maml.Unusable, OSError) as error:
-        maml.tell(f"idea.py: {error}")
+    except (cli.Unusable, OSError) as error:
+        cli.tell(f"idea.py: {error}")
         sys.exit(2)

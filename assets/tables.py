@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+import cli
 import maml
 import rl
 
@@ -35,7 +36,7 @@ def row(weights):
     with np.load(weights) as arrays:
         task = json.loads(str(arrays["settings"]))["task"]
     module = rl if task in rl.TASKS else maml
-    settings, state, *_ = maml.load_checkpoint(str(weights), module)
+    settings, state, *_ = cli.load_checkpoint(str(weights), module)
     experiment = module.experiment_of(settings)
     found = results(weights.with_suffix(".csv"))
     shots, paper = next((k, experiment.published(k)) for k, _ in found if experiment.published(k))
@@ -43,7 +44,7 @@ def row(weights):
     figures = []
     for summaries in (found, results(more) if more.exists() else {}):
         some = [summaries[shots, step] for step in paper if (shots, step) in summaries]
-        figures.append(", ".join(maml.cell(one, experiment.scale, experiment.digits) for one in some) or "–")
+        figures.append(", ".join(cli.cell(one, experiment.scale, experiment.digits) for one in some) or "–")
     cells = [
         f"`{weights.stem}`",
         f"{settings['iterations']:,}, {state.iteration:,}",
@@ -83,6 +84,6 @@ def sinusoid_rows():
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        with maml.writing(SINUSOIDS) as file:
+        with cli.writing(SINUSOIDS) as file:
             file.write(joined(sys.argv[1:]).encode())
     print(*map(row, sorted(WEIGHTS.glob("*.npz"))), "", *sinusoid_rows(), sep="\n")

@@ -1,0 +1,759 @@
+# SPDX-License-Identifier: MIT
+"""What the commands maml.py and rl.py share: settings, files, a run, workers, the report.
+
+It knows no algorithm. What it runs is an experiment, whose contract `maml.Experiment` states; the module that
+describes a command is said in `main`.
+"""
+
+import argparse
+import ctypes
+import datetime
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import NamedTuple
+
+import numpy as np
+
+import tasks
+
+# Settings ---------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "maml.py": ("sinusoid", "omniglot", "miniimagenet"),
+    "rl.py": ("navigation", "cheetah-vel", "cheetah-dir", "ant-vel", "ant-dir"),
+}
+UNTRAINED = ("random", "nearest")
+FLOATS = ("float32", "float64")
+
+
+class Unusable(Exception):
+    """Bad usage or input: its message is one line for the user; exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def error(self, message):
+        raise Unusable(" ".join(message.split()))
+
+
+def number(kind, low, name, high=np.inf):
+    """A flag's kind: a finite number from `low` to `high`, which an error calls by name."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == np.inf:
+            raise ValueError
+        return value
+
+    parse.__name__ = name
+    return parse
+
+
+count = number(int, 1, "count (1 or more)")
+several = number(int, 2, "count (2 or more)")
+whole = number(int, 0, "whole number (0 or more)")
+rate = number(float, 0, "rate (finite, 0 or more)")
+
+
+class Setting(NamedTuple):
+    """A row of a table of settings: --name, what it takes, each task's default (None: it has none), meaning.
+
+    `kind` makes a value of a text, or is a tuple of choices. A default that names another setting is as that.
+    """
+
+    name: str
+    kind: object
+    defaults: dict
+    meaning: str
+
+    @property
+    def flag(self):
+        return "--" + self.name.replace("_", "-")
+
+    def shown(self):
+        """The default as --help has it, or each task's where they differ."""
+        texts = {task: " ".join(map(str, np.atleast_1d(value))) for task, value in self.defaults.items()}
+        texts = {task: text for task, text in texts.items() if text != "None"}
+        if len(set(texts.values())) == 1:
+            return next(iter(texts.values()))
+        return ", ".join(f"{task} {text}" for task, text in texts.items())
+
+
+def table_of(tasks, *rows):
+    """Rows (name, kind, a default for each task ..., meaning) as `Setting`s."""
+    return [Setting(name, kind, dict(zip(tasks, values)), meaning) for name, kind, *values, meaning in rows]
+
+
+def task_and_method(args, tasks):
+    """{"task": ..., "method": ...} as the flags name them."""
+    if args.task is None:
+        raise Unusable(f"--task is missing; name one of {', '.join(tasks)}")
+    return {"task": args.task, "method": args.method or args.baseline or "maml"}
+
+
+def settled(rows, task, args, defaults, known):
+    """{name: value} of what the task has: the flag's, or that of `defaults`, or the table's."""
+    values = {}
+    for row in rows:
+        given, default = getattr(args, row.name), defaults.get(row.name, row.defaults[task])
+        if default is None and given is not None:
+            others = ", ".join(other for other, value in row.defaults.items() if value is not None)
+            raise Unusable(f"{row.flag} is for --task {others}, and {task} has none; leave it out")
+        if default is not None:
+            values[row.name] = default if given is None else given
+    names = known | values
+    return {
+        name: names.get(value, value) if isinstance(value, str) else value for name, value in values.items()
+    }
+
+
+def evaluation_of(rows, settings, args):
+    """{name: value} of what the table of a model with these settings is asked for."""
+    return settled(rows, settings["task"], args, {}, settings)
+
+
+def task_name(prog, text):
+    """A flag's value as the name of a task, where it is not the other command's."""
+    for other, known in COMMANDS.items():
+        if other != prog and text in known:
+            raise Unusable(f"{text} is a task of {other}: python {other} --task {text}")
+    return text
+
+
+def parser_of(prog, what, methods, baselines, first_order, rows, workers, experiment):
+    """The flags of a command: a table's rows, and what has nothing to do with the task."""
+    parser = Parser(
+        prog=prog, allow_abbrev=False, description=f"{what}: meta-trains, then evaluates on unseen tasks."
+    )
+    kind = partial(task_name, prog)
+    parser.add_argument("--task", type=kind, choices=COMMANDS[prog], help="the task distribution p(T)")
+    which, who = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    which.add_argument("--method", choices=methods, help="what is learned, and how (default: maml)")
+    text = "in place of a method: what the paper compares with"
+    which.add_argument("--baseline", choices=baselines, help=text)
+    which.add_argument("--first-order", action="store_const", **first_order)
+    for row in rows:
+        kind = {"type": row.kind, "metavar": "N" if row.kind in (count, several, whole) else "X"}
+        if isinstance(row.kind, tuple):
+            kind = {"type": type(row.kind[0]), "choices": row.kind}
+        if any(isinstance(value, tuple) for value in row.defaults.values()):
+            kind["nargs"] = "+"
+        parser.add_argument(row.flag, help=f"{row.meaning} (default: {row.shown()})", **kind)
+    who.add_argument("--workers", type=count, metavar="N", help=f"processes that {workers}")
+    text = "Dask scheduler whose workers do, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])"
+    who.add_argument("--scheduler", metavar="ADDRESS", help=text)
+    saved, logged = experiment.save_every, experiment.log_every
+    files = {
+        "save": f"checkpoint, every {saved} meta-iterations, on Ctrl-C and at the end",
+        "resume": "go on from this checkpoint, to the bits of an unbroken run; saves to it, or to --save",
+        "log": f"learning curve, every {logged} meta-iterations: {', '.join(experiment.columns)}",
+        "results": "the final table",
+        "plot": "picture of some test tasks, and the curve against gradient steps (needs matplotlib)",
+    }
+    kinds = {"log": "csv", "results": "csv", "plot": "png"}
+    for flag, text in files.items():
+        parser.add_argument(f"--{flag}", metavar=f"FILE.{kinds.get(flag, 'npz')}", help=text)
+    text = "train nothing, evaluate these checkpoints; --alpha may be given to fine-tune at another rate"
+    parser.add_argument("--evaluate", metavar="FILE.npz", nargs="+", help=text)
+    parser.set_defaults(data=None, adapt=None)  # which one command has alone
+    return parser
+
+
+# Files ------------------------------------------------------------------------------------------
+
+
+class Best(NamedTuple):
+    """What was best on validation: its score, larger is better, its parameters and its iteration."""
+
+    score: float
+    theta: np.ndarray
+    iteration: int
+
+
+def writing(path):
+    """A binary file to write, which becomes `path`, by a link or not, as `tasks.replacing` says."""
+    return tasks.replacing(os.path.realpath(path))
+
+
+def lines_of(rows):
+    """Rows of numbers and plain words as bytes of CSV."""
+    return "".join(",".join(map(str, row)) + "\n" for row in rows).encode()
+
+
+def check_outputs(args, columns):
+    """Unusable where the run could not write a file, or would replace one that is not its own."""
+    heads = {"log": ",".join(["iteration", *columns]), "results": "task,method,"}
+    files = [(flag, getattr(args, flag)) for flag in ("save", "log", "results", "plot")]
+    read = [("resume", args.resume), *(("evaluate", path) for path in args.evaluate or ())]
+    if args.save in (None, args.resume):
+        files[0] = read.pop(0)
+    elif os.path.isfile(args.save):
+        hint = f"go on from it with --resume {args.save}, or remove it"
+        raise Unusable(f"--save {args.save}: there is a file; {hint}")
+    names = {}
+    for flag, path in files + read:
+        if path and names.setdefault(os.path.realpath(path), flag) != flag:
+            raise Unusable(f"--{names[os.path.realpath(path)]} and --{flag} are both {path}; name two files")
+    for flag, path in files:
+        if path:
+            check_writable(f"--{flag}", path, heads.get(flag))
+
+
+def check_writable(flag, path, head=None):
+    """Unusable unless a file can be made at `path`, where there is none or one of ours, begun by `head`."""
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(21, "is a folder")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise FileExistsError(17, "is no regular file")
+        if head and os.path.exists(path):
+            with open(path, errors="replace") as file:
+                if not file.readline(999).startswith(head):
+                    raise Unusable(f"{flag} {path}: not the file of this run; name another, or remove it")
+        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):  # root may write anywhere
+            pass
+    except OSError as error:
+        hint = "name a file in a writable folder"
+        raise Unusable(f"{flag} {path}: cannot write there ({error.strerror}); {hint}")
+
+
+def save_checkpoint(path, settings, state, best, rng):
+    """An .npz of `state`, `best`, the generator's state and the settings, the last two as JSON text."""
+    texts = {"settings": json.dumps(settings), "rng": json.dumps(rng.bit_generator.state)}
+    with writing(path) as file:
+        np.savez(file, **arrays_of(state, best), **texts)
+
+
+def save_weights(path, settings, theta, iteration):
+    """What evaluation needs of a checkpoint, as an .npz: nothing to go on from."""
+    with writing(path) as file:
+        np.savez(file, theta=theta, iteration=iteration, settings=json.dumps(settings))
+
+
+def arrays_of(state, best):
+    """{name: value} of what a checkpoint holds of them."""
+    return state._asdict() | {f"best_{name}": value for name, value in best._asdict().items()}
+
+
+def load_checkpoint(path, module):
+    """-> settings, State, Best, Generator; the last two None of a file of weights, and State's moments.
+
+    Nothing is unpickled. Unusable where it is no whole checkpoint of the command that `module` is.
+    """
+    try:
+        if os.path.exists(path) and not (os.path.isfile(path) and zipfile.is_zipfile(path)):
+            raise ValueError("it is no .npz file")
+        with zipfile.ZipFile(path) as members:
+            if sum(member.file_size for member in members.infolist()) > os.path.getsize(path):
+                raise ValueError("it is compressed, and --save compresses nothing")
+        with np.load(path, allow_pickle=False) as members:
+            arrays = {name: members[name] for name in members}
+        settings = json.loads(str(arrays.pop("settings")))
+        if module.settings_of(module.build_parser().parse_args(words_of(settings, module))) != settings:
+            raise ValueError(f"its settings are {', '.join(settings)}")
+        return settings, *unpacked(arrays, module.experiment_of(settings).start())
+    except FileNotFoundError:
+        raise Unusable(f"{path}: there is no such file; name a checkpoint that --save wrote")
+    except Exception as error:  # whatever the bytes hold
+        reason = tasks.one_line(error)
+        raise Unusable(f"{path}: not a whole checkpoint ({reason}); name a file that --save wrote")
+
+
+def unpacked(arrays, start):
+    """A checkpoint's arrays -> State, Best, Generator, which must be shaped as `start` is."""
+    rng, expected = arrays.pop("rng", None), arrays_of(start, Best(0.0, start.theta, 0))
+    if rng is None:
+        expected = {name: expected[name] for name in ("theta", "iteration")}
+    if arrays.keys() != expected.keys():
+        raise ValueError(f"it holds {', '.join(arrays)}, where {', '.join(expected)} are expected")
+    for name, wanted in expected.items():
+        found, wanted = arrays[name], np.asarray(wanted)
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(f"{name} is {found.dtype} {found.shape}; expected {wanted.dtype} {wanted.shape}")
+    if arrays["iteration"] < 0:
+        raise ValueError(f"its iteration is {arrays['iteration']}")
+    iteration = int(arrays["iteration"])
+    state = start._replace(theta=arrays["theta"], moments=arrays.get("moments"), iteration=iteration)
+    if rng is None:
+        return state, None, None
+    generator = np.random.default_rng(0)
+    generator.bit_generator.state = json.loads(str(rng))
+    best = float(arrays["best_score"]), arrays["best_theta"], int(arrays["best_iteration"])
+    return state, Best(*best), generator
+
+
+def words_of(settings, module):
+    """The words of a command line that has these settings."""
+    kind = "baseline" if settings["method"] in module.BASELINES else "method"
+    flags = {kind if key == "method" else key.replace("_", "-"): value for key, value in settings.items()}
+    return [f"--{flag}={value}" for flag, value in flags.items()]
+
+
+class Log:
+    """The learning curve as CSV, a row a write, so that none is torn; it goes on after `iteration`.
+
+    Of an earlier part of the run the rows are kept that the unbroken run has: one every `every` iterations.
+    """
+
+    def __init__(self, path, columns, iteration, every):
+        head, rows = ["iteration", *columns], []
+        if iteration and os.path.exists(path):
+            with open(path, newline="", errors="replace") as file:
+                lines = [line.split(",") for line in file.read().splitlines()]
+            rows = [row for row in lines if len(row) == len(head) and row[0].isdigit()]
+            rows = [row for row in rows if int(row[0]) <= iteration and int(row[0]) % every == 0]
+        with writing(path) as file:
+            file.write(lines_of([head, *rows]))
+        self.file = open(path, "ab", buffering=0)
+
+    def write(self, *row):
+        self.file.write(lines_of([row]))
+
+
+# A run ------------------------------------------------------------------------------------------
+
+
+def main(argv, module):
+    """Runs the command line (None: the process's) that `module`, maml or rl, describes: -> exit code.
+
+    The module has build_parser() and settings_of(args); experiment_of(settings), whose contract
+    `maml.Experiment` states; train, the loop of meta-iterations; plot(models, curves, log); EVALUATION, the
+    table of what an evaluation may be asked; BASELINES; and LOWER, what to lower where training diverges.
+    """
+    name = f"{module.__name__}.py"
+    for stream in ("stdout", "stderr"):  # closed, or without some character: no reason to stop
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w"))
+        if hasattr(getattr(sys, stream), "reconfigure"):
+            getattr(sys, stream).reconfigure(errors="replace")
+    one_blas_thread()
+    try:
+        with np.errstate(all="ignore"):
+            run(module.build_parser().parse_args(argv), module)
+        return 0
+    except Unusable as error:
+        code, text = 2, error
+    except (FloatingPointError, OSError) as error:
+        code, text = 1, error
+    except BrokenExecutor:
+        code, text = 1, "a worker was lost; --resume goes on from the last checkpoint"
+    except KeyboardInterrupt as error:
+        code, text = 130, str(error) or "interrupted"
+    tell(f"{name}: {text}")
+    return code
+
+
+def run(args, module):
+    """Trains, or loads what was trained, and reports. What can be wrong is found out first."""
+    if args.adapt and not args.evaluate:
+        raise Unusable("--adapt needs a trained model: name it with --evaluate")
+    runs = [evaluated(path, args, module) for path in args.evaluate or ()] or [started(args, module)]
+    if args.adapt:
+        return module.classify(runs, args)
+    experiments = [experiment for experiment, *_ in runs]
+    check_outputs(args, experiments[0].columns)
+    check_plot(args, experiments)
+    for experiment in experiments:
+        if (args.workers or args.scheduler) and not experiment.spreads:
+            task = experiment.settings["task"]
+            raise Unusable(f"{task} has nothing to spread; leave out --workers, --scheduler")
+        asked = evaluation_of(module.EVALUATION, experiment.settings, args)
+        experiment.open(args.data, asked)
+    with workers_of(args, module) as map:
+        for experiment in experiments:
+            experiment.map = map or experiment.map
+        models = runs if args.evaluate else [(experiments[0], meta_train(*runs[0], args, module))]
+        try:
+            report(models, args, module)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted while evaluating: no table; --evaluate makes it again")
+
+
+def evaluated(path, args, module):
+    """A checkpoint to evaluate -> its experiment, and what was learned."""
+    for flag in ("resume", "save", "log", "iterations"):
+        if getattr(args, flag):
+            hint = "leave one of them out"
+            raise Unusable(f"--evaluate trains nothing, so --{flag} does not go with it; {hint}")
+    settings, state, *_ = load_checkpoint(path, module)
+    check_agreement(args, settings, path, free=() if settings["method"] == "meta-sgd" else ("alpha",))
+    settings["alpha"] = settings["alpha"] if args.alpha is None else args.alpha
+    settings["iterations"] = state.iteration  # of a stopped run, or the best, not those asked for
+    return module.experiment_of(settings), state.theta
+
+
+def started(args, module):
+    """A run from its start, or from --resume -> its experiment, State, Best and Generator."""
+    if not args.resume:
+        experiment = module.experiment_of(module.settings_of(args))
+        state = experiment.start()
+        return experiment, state, Best(-np.inf, state.theta, 0), experiment.stream("training")
+    settings, state, best, rng = load_checkpoint(args.resume, module)
+    if rng is None:
+        raise Unusable(f"{args.resume} holds weights alone, to --evaluate; resume the checkpoint beside it")
+    check_agreement(args, settings, args.resume, free=("iterations",))
+    settings["iterations"] = args.iterations or settings["iterations"]
+    if settings["iterations"] <= state.iteration:
+        raise Unusable(f"{args.resume} is at iteration {state.iteration}; give --iterations above that")
+    return module.experiment_of(settings), state, best, rng
+
+
+def check_agreement(args, settings, path, free):
+    """Unusable where a flag contradicts the checkpoint, but for those in `free`."""
+    for key, kept in settings.items():
+        given = (args.method or args.baseline) if key == "method" else getattr(args, key)
+        if given not in (None, kept) and key not in free:
+            flag = key.replace("_", "-")
+            again = args.evaluate and hasattr(args, f"eval_{key}")
+            hint = f"give --eval-{flag}" if again else "leave the flag out"
+            raise Unusable(f"{path} was trained with {flag} {kept}, not {given}; {hint}")
+
+
+def meta_train(experiment, state, best, rng, args, module):
+    """`train` with checkpoints, learning curve, progress and Ctrl-C: -> what was learned.
+
+    Where validation selects, that is what was best on it, kept beside --save in FILE.best.npz.
+    KeyboardInterrupt, FloatingPointError: what is kept, and how to go on.
+    """
+    save, final, iterations = args.save or args.resume, best, iterations_of(experiment.settings)
+    log = args.log and Log(args.log, experiment.columns, state.iteration, experiment.log_every)
+    if save and best.score > -np.inf:
+        save_weights(best_of(save), experiment.settings, best.theta, best.iteration)
+    progress = Progress(state.iteration, iterations, experiment.watched, experiment.smoothed)
+    with interruptible(module) as asked, progress:
+        try:
+            run = module.train(experiment.step, state, rng, iterations, experiment.map)
+            for state, outcome in run:
+                i, last = state.iteration, state.iteration == iterations
+                stopping = asked.is_set() and not last  # read once: it may change at any line below
+                if i % experiment.log_every == 0 or last:
+                    row, progress.text, best, final = measured(experiment, state, outcome, last, best, final)
+                    if log:
+                        log.write(i, *row)
+                    if save and final.iteration == i:
+                        save_weights(best_of(save), experiment.settings, final.theta, i)
+                if save and (i % experiment.save_every == 0 or last or stopping):
+                    save_checkpoint(save, experiment.settings, state, best, rng)
+                progress.show(i, last, outcome)
+                if stopping:
+                    hint = f"saved; go on with --resume {save}" if save else "nothing was saved (no --save)"
+                    raise KeyboardInterrupt(f"interrupted at iteration {i}: {hint}")
+        except FloatingPointError as error:
+            kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
+            raise FloatingPointError(f"{error}: lower {module.LOWER}{kept}") from None
+    if save and iterations == 0:
+        save_checkpoint(save, experiment.settings, state, best, rng)
+    if save:
+        which = f"; {best_of(save)}: the best on validation, of iteration {final.iteration}"
+        tell(f"{save}: kept, --evaluate or --resume it{which if final.score > -np.inf else ''}")
+    elif iterations:
+        tell("the model is not kept: --save FILE.npz keeps it")
+    return final.theta if experiment.keeps_best and iterations else state.theta
+
+
+def measured(experiment, state, outcome, last, best, final):
+    """A row of the log, a line of progress, and what is best on validation: of the run, and up to its end.
+
+    What is measured at an end that is not due is best for this end alone, so that a resumed run is the
+    unbroken one.
+    """
+    row, text, score = experiment.measure(state, outcome)
+    due = state.iteration % experiment.log_every == 0 and score is not None
+    if last and experiment.keeps_best and score is None:
+        score = experiment.score(state.theta)
+    if score is not None and score > final.score:
+        final = Best(score, state.theta, state.iteration)
+        best = final if due else best
+    return row, text, best, final
+
+
+def best_of(save):
+    """Where what is best on validation is kept: FILE.best.npz beside FILE.npz."""
+    root, suffix = os.path.splitext(save)
+    return f"{root}.best{suffix}"
+
+
+def iterations_of(settings):
+    """Meta-iterations that a run of these settings takes."""
+    return 0 if settings["method"] in UNTRAINED else settings["iterations"]
+
+
+@contextmanager
+def interruptible(module):
+    """An event that Ctrl-C sets; the second one interrupts as ever."""
+    asked = threading.Event()
+
+    def ask(*_):
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tell(f"\n{module.__name__}.py: stops after this meta-iteration; Ctrl-C again stops it now")
+
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class Progress:
+    """One updating line on a terminal's stderr; elsewhere a plain line every ten seconds."""
+
+    def __init__(self, done, of, watched, smoothed, unit="iteration"):
+        self.first, self.of, self.watched, self.smoothed, self.unit = done, of, watched, smoothed, unit
+        self.text, self.shown, self.smooth = "", None, 0
+        self.terminal, self.began = sys.stderr.isatty(), time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def show(self, done, last, outcome):
+        """`outcome`, or its second number, is shown as a mean, over some `smoothed` at most."""
+        value, now = np.ravel(outcome)[:2][-1], time.monotonic()
+        self.smooth += (value - self.smooth) / min(done - self.first, self.smoothed)
+        if not last and now - (self.shown or self.began) < (0.2 if self.terminal else 10):
+            return
+        self.shown = now
+        speed = (done - self.first) / max(now - self.began, 1e-9)
+        pace = f"{speed:.4g} {self.unit}s/s" if speed > 1 else f"{1 / speed:.3g} s/{self.unit}"
+        left = datetime.timedelta(seconds=round((self.of - done) / speed))
+        line = f"{done}/{self.of}  {self.watched} {self.smooth:.3f}  {self.text}  {pace}  {left} left"
+        before, after, end = ("\r", "\033[K", "") if self.terminal else ("", "", "\n")
+        tell(f"{before}{line}{after}", end=end)
+
+    def __exit__(self, *_):
+        if self.terminal and self.shown is not None:
+            tell("")
+
+
+def tell(text, end="\n", to="stderr"):
+    """Prints; where nobody reads, what is printed is dropped from then on."""
+    try:
+        print(text, end=end, file=getattr(sys, to), flush=True)
+    except (OSError, ValueError):
+        setattr(sys, to, open(os.devnull, "w"))
+
+
+# Workers ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def workers_of(args, module):
+    """The map that --workers or --scheduler asks for, or None; closed at the end."""
+    if args.workers:
+        with process_pool(args.workers) as pool:
+            yield partial(pool_map, pool, args.workers)
+    elif args.scheduler:
+        with dask_client(args.scheduler, module) as client:
+            yield partial(_dask_map, client)
+    else:
+        yield None
+
+
+def counting(map, watched, function, *columns):
+    """`map`, which shows how many of its results are there, and the mean of their last row."""
+    columns = [list(column) for column in columns]
+    with Progress(0, len(columns[0]), watched, len(columns[0]), "parcel") as progress:
+        for done, result in enumerate(map(function, *columns), 1):
+            progress.show(done, done == len(columns[0]), np.mean(result[-1]))
+            yield result
+
+
+@cache
+def threads():
+    """map on a thread for each core; what runs there must not wait for it in turn."""
+    return ThreadPoolExecutor(cores(), initializer=partial(np.seterr, all="ignore")).map
+
+
+def process_pool(workers):
+    """An executor of so many processes, with a BLAS thread each; Ctrl-C is their parent's to answer."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+
+def _start_worker():
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    np.seterr(all="ignore")
+    one_blas_thread()
+
+
+def _die_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def pool_map(pool, workers, function, *columns):
+    """pool.map with one parcel a worker, so that theta travels once to each."""
+    columns = [list(column) for column in columns]
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what starts now is born with it
+    try:
+        return pool.map(function, *columns, chunksize=-(-len(columns[0]) // workers))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _dask_map(client, function, *columns):
+    """The executor's map; a parcel whose worker is lost goes to another."""
+    from distributed import KilledWorker
+
+    try:
+        return list(client.get_executor().map(function, *columns))
+    except KilledWorker:
+        raise BrokenExecutor from None
+
+
+def dask_client(address, module):
+    """A client of the scheduler there, whose workers have been sent this project's modules."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise Unusable('--scheduler needs Dask; pip install "dask[distributed]"') from None
+    try:
+        client = Client(address, timeout=10)
+    except Exception as error:  # whatever the address says
+        reason = tasks.one_line(error)
+        raise Unusable(
+            f"--scheduler {address}: no scheduler answers ({reason}); start one with dask scheduler"
+        )
+    for name in dict.fromkeys(("nets", "tasks", "cli", "maml", module.__name__)):
+        client.upload_file(sys.modules[name].__file__, load=False)
+    client.run(one_blas_thread)
+    return client
+
+
+def cores():
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def one_blas_thread():
+    """Keeps the OpenBLAS of NumPy's wheels to one thread, and glibc to one heap, which it keeps.
+
+    A task's products are too small to share between cores, and where another process has one of the cores
+    OpenBLAS's threads wait for each other up to 50 times as long as one takes. What runs in parallel is
+    chunks of tasks, on threads; memory that glibc returned to the system, as it does with a thread's own heap
+    when that is empty and with every large array, took a third of TRPO's time to fault in again.
+    """
+    library = ctypes.CDLL(np.linalg._umath_linalg.__file__)
+    if hasattr(library, "scipy_openblas_set_num_threads64_"):
+        library.scipy_openblas_set_num_threads64_(1)
+    if hasattr(library, "mallopt"):
+        library.mallopt(-8, 1)  # M_ARENA_MAX
+        library.mallopt(-4, 0)  # M_MMAP_MAX
+        library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+# The report -------------------------------------------------------------------------------------
+
+
+def report(models, args, module):
+    """The table of each model, in --results and on stdout; --plot."""
+    rows, curves, tables = [], [], []
+    for (experiment, learned), name in zip(models, names_of(models, args)):
+        s, asked = experiment.settings, evaluation_of(module.EVALUATION, experiment.settings, args)
+        tell(f"evaluating {name} on {asked['eval_tasks']} unseen tasks")
+        experiment.map = partial(counting, experiment.map, experiment.metric_name)
+        columns = {}
+        for shots, columns[shots] in experiment.test(learned, asked):
+            label = {"task": s["task"], "method": s["method"], "shots": shots}
+            for step, summary in enumerate(columns[shots]):
+                rows.append(label | {"step": step, "metric": experiment.metric_name} | summary)
+            curves.append((f"{name}, K = {shots}", columns[shots]))
+        tables.append(table(experiment, asked["eval_tasks"], columns, name))
+    if args.results:
+        with writing(args.results) as file:
+            file.write(lines_of([rows[0], *(row.values() for row in rows)]))
+    for text in tables:
+        tell(text, to="stdout")
+    if args.plot:
+        save_picture(args.plot, module.plot(models, curves, args.log))
+
+
+def names_of(models, args):
+    """What tells models apart: their methods, or their files where these do not."""
+    methods = [experiment.method for experiment, _ in models]
+    return methods if len(set(methods)) == len(methods) else args.evaluate
+
+
+def table(experiment, count, columns, name):
+    """One model's table: a row a gradient step, a column a support size, and what is published."""
+    s = experiment.settings
+    what = [s["task"], *(f"{s[key]}{text}" for key, text in {"ways": "-way", "net": ""}.items() if key in s)]
+    what += [s["method"], f"seed {s['seed']}", f"{iterations_of(s)} meta-iterations"]
+    what += [name] if name != s["method"] else []
+    heads = "".join(f"K = {shots}".ljust(34) for shots in columns)
+    lines = ["", ", ".join(what), f"{count} unseen tasks, {experiment.heading}", "", f"steps  {heads}paper"]
+    for step, row in enumerate(zip(*columns.values())):
+        cells = "".join(cell(summary, experiment.scale, experiment.digits).ljust(34) for summary in row)
+        published = {shots: experiment.published(shots).get(step) for shots in columns}
+        paper = ", ".join(f"{figure} at K = {shots}" for shots, figure in published.items() if figure)
+        lines.append(f"{step:>5}  {cells}{paper}".rstrip())
+    return "\n".join(lines)
+
+
+def cell(summary, scale, digits):
+    """A mean with its interval, or how many tasks diverged, and the median."""
+    mean, ci95, median = (f"{summary[key] * scale:.{digits}f}" for key in ("mean", "ci95", "median"))
+    if summary["diverged"]:
+        return f"median {median}, {summary['diverged']} of {summary['tasks']} diverged"
+    return f"{mean} ± {ci95}"
+
+
+def check_plot(args, experiments):
+    """Unusable where --plot could not be drawn."""
+    if not args.plot:
+        return
+    canvas = canvas_of(1, 1)
+    try:
+        canvas.savefig(io.BytesIO(), format=os.path.splitext(args.plot)[1][1:])
+    except Exception as error:  # whatever that format's library says
+        raise Unusable(f"--plot {args.plot}: cannot be drawn ({tasks.one_line(error)}); end the name in png")
+    if len({experiment.picture for experiment in experiments}) > 1:
+        raise Unusable("--plot draws checkpoints of one kind of task; leave the others out of --evaluate")
+
+
+def canvas_of(width, height):
+    """A matplotlib figure, in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise Unusable("pictures need matplotlib; pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_picture(path, canvas):
+    """A matplotlib figure as a file, of the kind that its name ends in."""
+    with writing(path) as file:
+        canvas.savefig(file, format=os.path.splitext(path)[1][1:], dpi=110)
+
+
+def panel(axes, curves, experiment, **limits):
+    """The metric of unseen tasks against gradient steps: curves are (name, rows of `summarize`).
+
+    The mean and its interval, or the median where tasks diverged; the last of them stands beside the name.
+    """
+    for i, (name, rows) in enumerate(curves):
+        diverged = any(row["diverged"] for row in rows)
+        middle = np.array([row["median" if diverged else "mean"] for row in rows])
+        half = np.array([0 if diverged else row["ci95"] for row in rows])
+        median = f"median {experiment.scale * middle[-1]:.{experiment.digits}f}, as tasks diverge"
+        name += f": {median if diverged else cell(rows[-1], experiment.scale, experiment.digits)}"
+        (line,) = axes.plot(experiment.scale * middle, marker="osv^D*PX"[i % 8], ms=4, lw=1.2, label=name)
+        low, high = experiment.scale * (middle - half), experiment.scale * (middle + half)
+        axes.fill_between(range(len(rows)), low, high, color=line.get_color(), alpha=0.25, lw=0)
+    axes.set(xlabel="gradient steps", **limits)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(experiment.heading.split(";")[0], loc="left", fontsize=10)
+    lines = axes.get_legend_handles_labels()
+    axes.figure.legend(*lines, fontsize=8, loc="outside lower left", frameon=False)
