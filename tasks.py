@@ -12,10 +12,10 @@ class and says what to do.
 import hashlib
 import http.client
 import io
-import math
 import os
 import re
 import secrets
+import shutil
 import stat
 import struct
 import sys
@@ -23,7 +23,7 @@ import urllib.request
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from glob import glob
 from importlib.util import find_spec
@@ -177,7 +177,8 @@ def load_omniglot(path):
     path = Path(path)
     parts = [_part(path, name) for name in ("images_background", "images_evaluation")]
     key = ["omniglot 28 area 1", *(stamp for stamp, _ in parts)]
-    file, classes = _cached(path, "omniglot", key, lambda: _characters([files for _, files in parts]))
+    images = _cached(path, "omniglot", key, lambda: _characters([files for _, files in parts]))
+    file, classes = images.file, len(images)
     if classes != 1623:
         print(f"{path}: {classes} characters, where all of Omniglot has 1623", file=sys.stderr)
     one, two = classes * 1100 // 1623, classes * 1200 // 1623
@@ -361,8 +362,7 @@ def _photos(path, split, each):
     if any(len(files) > count for files in classes.values()):
         print(f"{path / split}: every class is cut to the {count} images of {small}", file=sys.stderr)
     key = ["miniimagenet 84 lanczos 1", [(name, files[:count]) for name, files in classes.items()]]
-    file, count = _cached(path, f"miniimagenet-{split}", key, lambda: _decoded(path / split, classes, count))
-    return Split(file, 0, count)
+    return _cached(path, f"miniimagenet-{split}", key, lambda: _decoded(path / split, classes, count))
 
 
 def _folders(folder):
@@ -445,19 +445,16 @@ def _photo(file, shape=(84, 84, 3)):
 
 
 def _cached(folder, name, key, build):
-    """The .npy of build() -> shape, uint8 blocks, and its length: made of the same files before, or now."""
+    """The .npy of build() -> shape, uint8 blocks, as one Split: made of the same files before, or now."""
     elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml"
     home = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     places = [folder / f"{name}.npy", elsewhere / f"{name}-{home}.npy"]
     for place in places:
-        try:
-            return place, _length(place, key)
-        except Exception:  # none there yet, or one of other files, or a broken one, whatever its bytes
-            pass
+        with suppress(Exception):  # none there yet, or of other files, or broken, whatever its bytes
+            return Split(place, 0, _length(place, key))
     for place in places:
         try:
-            _write(place, key, build)
-            return place, _length(place, key)
+            return Split(place, 0, _write(place, key, build))
         except OSError as error:
             reason = error
     where = f"{places[0]} and {places[1]}"
@@ -466,43 +463,38 @@ def _cached(folder, name, key, build):
 
 def _length(place, key):
     """How many classes the .npy file has, if digests of pixels and key follow its pixels."""
-    if not stat.S_ISREG(os.stat(place).st_mode):
+    if not place.is_file():
         raise ValueError(f"{place}: no regular file")
     images = np.load(place, mmap_mode="r")
     with place.open("rb") as file:
         file.seek(images.offset + images.nbytes)
         pixels, digest = file.read(32), file.read(33)
-    if (
-        digest != _digest(key, images.shape, pixels)
-        or images.dtype != np.uint8
-        or not images.flags.c_contiguous
-    ):
+    found = images.dtype, images.flags.c_contiguous, digest
+    if found != (np.uint8, True, _digest(key, images.shape, pixels)):
         raise ValueError(f"{place}: made from other files, or damaged")
     return len(images)
 
 
-def _digest(key, shape, pixels):
-    return hashlib.sha256(repr((key, shape, pixels)).encode()).digest()
-
-
 def _write(place, key, build):
-    """Write shape and blocks as a .npy, then the digests; what is then on the disk is read once."""
+    """Write shape and blocks as a .npy, then the digests; its pixels are read back once -> their length."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with replacing(place) as file:
         shape, blocks = build()
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        start, pixels, found = file.tell(), hashlib.sha256(), hashlib.sha256()
+        start, pixels = file.tell(), hashlib.sha256()
         for block in blocks:
             file.write(block)
             pixels.update(block)
         file.write(pixels.digest() + _digest(key, shape, pixels.digest()))
         file.flush()
-        with open(file.name, "rb") as written:
-            written.seek(start)
-            for _ in range(shape[0]):
-                found.update(written.read(math.prod(shape[1:])))
-        if found.digest() != pixels.digest():
+        written = np.memmap(file.name, mode="r", offset=start, shape=shape)
+        if hashlib.sha256(written).digest() != pixels.digest():
             raise OSError(5, "not what was written")
+    return shape[0]
+
+
+def _digest(key, shape, pixels):
+    return hashlib.sha256(repr((key, shape, pixels)).encode()).digest()
 
 
 @contextmanager
@@ -519,7 +511,7 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         if path.is_file() and not path.is_symlink():
-            part.chmod(stat.S_IMODE(path.stat().st_mode))
+            shutil.copymode(path, part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
