@@ -41,9 +41,7 @@ def sinusoid(rng, tasks, shots, query_shots, oracle=False, dtype=np.float32):
     [tasks, shots, 3], (x, A, phase): what the paper's oracle is told.
     """
     if min(tasks, shots, query_shots) < 1:
-        raise ValueError(
-            f"tasks, shots, query_shots = {tasks}, {shots}, {query_shots}; expected 1 or more of each"
-        )
+        raise ValueError(f"{tasks=}, {shots=}, {query_shots=}; expected 1 or more of each")
     amplitude = rng.uniform(0.1, 5, (tasks, 1, 1))
     phase = rng.uniform(0, np.pi, (tasks, 1, 1))
     x = rng.uniform(-5, 5, (tasks, shots + query_shots, 1))
@@ -74,8 +72,7 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
             f"images are {found}; expected uint8 or floats, [classes, each, height, width, channels]"
         )
     if min(tasks, ways, shots, query_shots) < 1:
-        counts = f"tasks, ways, shots, query_shots = {tasks}, {ways}, {shots}, {query_shots}"
-        raise ValueError(f"{counts}; expected 1 or more of each")
+        raise ValueError(f"{tasks=}, {ways=}, {shots=}, {query_shots=}; expected 1 or more of each")
     classes, each, height, width = images.shape[:4]
     if classes < ways:
         raise ValueError(f"a {ways}-way task needs {ways} classes, and there are {classes}: lower the ways")
