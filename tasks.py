@@ -10,13 +10,11 @@ class and says what to do.
 """
 
 import hashlib
-import http.client
 import io
 import os
 import re
 import secrets
 import shutil
-import stat
 import struct
 import sys
 import urllib.request
@@ -27,6 +25,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from glob import glob
 from importlib.util import find_spec
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +157,6 @@ OMNIGLOT_MD5 = {
     "images_background.zip": "68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation.zip": "6b91aef0f799c5bb55b94e3f2daec811",
 }
-MOST = 1 << 16  # images of a zip; all of Omniglot has 32,460
 PNG_START = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4s2I5B", 13, b"IHDR", 105, 105, 1, 0, 0, 0, 0)
 
 
@@ -172,9 +170,8 @@ def load_omniglot(path):
     Decoded once, into `path`/omniglot.npy, or ~/.cache/maml where that cannot be written.
     """
     path = Path(path)
-    parts = [_part(path, name) for name in ("images_background", "images_evaluation")]
-    key = ["omniglot 28 area 1", *(stamp for stamp, _ in parts)]
-    images = _cached(path, "omniglot", key, lambda: _characters([files for _, files in parts]))
+    stamps, parts = zip(*(_part(path, name) for name in ("images_background", "images_evaluation")))
+    images = _cached(path, "omniglot", ["omniglot 28 area 1", *stamps], lambda: _characters(parts))
     file, classes = images.file, len(images)
     if classes != 1623:
         print(f"{path}: {classes} characters, where all of Omniglot has 1623", file=sys.stderr)
@@ -183,77 +180,53 @@ def load_omniglot(path):
 
 
 def _part(path, part):
-    """A zip, or the folder that it unpacks to -> what tells it from others, () -> {name: () -> bytes}."""
+    """A zip, or the folder that it unpacks to -> what tells it from others, () -> {name: what opens it}."""
     file = path / f"{part}.zip"
-    if file.is_file():
-        data = _read(file, 1 << 24)
-        return hashlib.sha256(data).hexdigest(), partial(_zipped, file, data, part)
-    names = sorted(filter(_usable, glob(f"{part}/*/*/*.png", root_dir=path)))
-    if not 0 < len(names) < MOST:
-        raise ValueError(
-            f"{path}: {len(names) or 'neither ' + file.name + ' nor'} {part}/*/*/*.png; "
-            f"fetch {OMNIGLOT_URL}/{file.name}"
-        )
-    stamps = [(name, os.stat(path / name).st_size, os.stat(path / name).st_mtime_ns) for name in names]
-    return stamps, lambda: {name: partial(_read, path / name, 1 << 16) for name in names}
-
-
-def _zipped(file, data, part):
-    """{name: () -> bytes} of the images in a zip. Nothing is extracted, and no entry is read beyond 64 kB."""
     try:
-        entries = zipfile.ZipFile(io.BytesIO(data))
-        names = re.compile(rf"{part}(/[^/.][^/]*){{3}}\.png")
-        names = [name for name in entries.namelist() if names.fullmatch(name) and _usable(name)]
+        if file.is_file():
+            with file.open("rb") as opened:
+                data = opened.read(1 << 24)
+            return hashlib.sha256(data).hexdigest(), partial(_zipped, file, data)
+        found = sorted(filter(_usable, glob(f"{part}/*/*/*.png", root_dir=path)))
+        stats = {name: os.stat(path / name) for name in found if os.path.isfile(path / name)}
+    except OSError as error:
+        raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    if not stats:
+        raise ValueError(
+            f"{path}: neither {file.name} nor {part}/*/*/*.png; fetch {OMNIGLOT_URL}/{file.name}"
+        )
+    stamps = [(name, s.st_size, s.st_mtime_ns) for name, s in stats.items()]
+    return stamps, lambda: dict.fromkeys(stats, lambda name: open(path / name, "rb"))
+
+
+def _zipped(file, data):
+    """{name: what opens it} of the images in a zip, from which nothing is extracted."""
+    image = re.compile(rf"{file.stem}(/[^/.][^/]*){{3}}\.png")
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        names = [name for name in archive.namelist() if image.fullmatch(name) and _usable(name)]
+        if not names:
+            raise ValueError(f"it holds no {file.stem}/*/*/*.png")
     except Exception as error:
         raise ValueError(
             f"{file}: no whole zip file ({one_line(error)}); fetch {OMNIGLOT_URL}/{file.name} again"
         ) from error
-    if not 0 < len(names) < MOST:
-        raise ValueError(
-            f"{file}: holds {len(names) or 'no'} {part}/*/*/*.png; fetch {OMNIGLOT_URL}/{file.name} again"
-        )
-    return {name: lambda name=name: entries.open(name).read(1 << 16) for name in names}
-
-
-def _usable(name):
-    """Whether a name is not hidden, and can be part of a message of one line."""
-    return name[0] != "." and name.isprintable() and len(name) < 200
-
-
-def one_line(error):
-    """What an exception says, as part of a message of one line."""
-    return " ".join(str(error).split())[:300]
-
-
-def _read(file, limit):
-    try:
-        if not stat.S_ISREG(os.stat(file).st_mode):
-            raise ValueError(f"{file}: no regular file")
-        with open(file, "rb") as opened:
-            data = opened.read(limit + 1)
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
-    if len(data) > limit:
-        raise ValueError(f"{file}: more than {limit} bytes, so not the file it should be")
-    return data
+    return dict.fromkeys(names, archive.open)
 
 
 def _characters(parts):
-    """Each () -> {name: () -> bytes} -> the shape of all images, and an iterator of each class's pixels."""
-    files = {name: read for part in parts for name, read in part().items()}
-    classes = {}
-    for name in sorted(files):
-        classes.setdefault(name.rpartition("/")[0], []).append(name)
+    """Each () -> {name: what opens it} -> the shape of all images, and an iterator of each class's pixels."""
+    openers = {name: opener for part in parts for name, opener in part().items()}
+    classes = {name: list(files) for name, files in groupby(sorted(openers), os.path.dirname)}
     each = max(map(len, classes.values()))
-    for name, members in classes.items():
-        if len(members) < each:
+    for name, files in classes.items():
+        if len(files) < each:
             raise ValueError(
-                f"{name}: {len(members)} images, where others have {each}; fetch the archive again"
+                f"{name}: {len(files)} images, where others have {each}; fetch the archive again"
             )
-    names = [classes[name] for name in np.random.default_rng(0).permutation(sorted(classes))]
-    rows = np.array([_pixels(name, files[name]) for members in names for name in members])
-    ink = (1 - np.unpackbits(row, axis=-1, count=105) for row in rows.reshape(-1, each, 105, 14))
-    weights = area_weights(105, 28)
+    names, weights = np.random.default_rng(0).permutation(sorted(classes)), area_weights(105, 28)
+    packed = (np.array([_pixels(file, openers[file]) for file in classes[name]]) for name in names)
+    ink = (1 - np.unpackbits(rows, axis=-1, count=105) for rows in packed)
     blocks = (np.rint(255 * (weights @ (x @ weights.T))).astype(np.uint8) for x in ink)
     return (len(names), each, 28, 28, 1), blocks
 
@@ -265,26 +238,22 @@ def area_weights(size, to):
     return (np.maximum(overlap, 0) * to / size).astype(np.float32)
 
 
-def _pixels(name, read):
+def _pixels(name, opener):
     """A 1-bit grey 105x105 PNG, its rows unfiltered as in Omniglot's archives -> uint8 [105, 14], packed."""
     try:
-        data = read()
+        with opener(name) as file:
+            data = file.read(1 << 16)  # the largest has 522 bytes
         if not data.startswith(PNG_START):
             raise ValueError("not a 1-bit grey PNG of 105x105 pixels")
-        at, packed, kind = 8, b"", None
+        chunks, packed, kind = io.BytesIO(data[8:]), b"", None
         while kind != b"IEND":
-            (length,), kind = struct.unpack_from(">I", data, at), data[at + 4 : at + 8]
-            body, (checksum,) = (
-                data[at + 8 : at + 8 + length],
-                struct.unpack_from(">I", data, at + 8 + length),
-            )
-            if zlib.crc32(kind + body) != checksum:
+            length, kind = struct.unpack(">I4s", chunks.read(8))
+            body, checksum = chunks.read(length), chunks.read(4)
+            if zlib.crc32(kind + body).to_bytes(4, "big") != checksum:
                 raise ValueError("broken checksum")
             packed += body if kind == b"IDAT" else b""
-            at += length + 12
-        inflate = zlib.decompressobj()
-        raw = inflate.decompress(packed, 105 * 15 + 1)
-        if len(raw) != 105 * 15 or not inflate.eof or any(raw[::15]):
+        raw = zlib.decompress(packed)
+        if len(raw) != 105 * 15 or any(raw[::15]):
             raise ValueError("broken or filtered pixel data")
     except Exception as error:
         raise ValueError(f"{name}: does not decode ({one_line(error)}); fetch the archive again") from error
@@ -303,36 +272,21 @@ def download_omniglot(folder, url=OMNIGLOT_URL, md5=OMNIGLOT_MD5, timeout=20):
             continue
         try:
             with urllib.request.urlopen(f"{url}/{name}", timeout=timeout) as response:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(file) as opened:
-                    found = _copy(response, opened, name)
-                    if found != digest:
-                        raise ValueError(f"MD5 {found} instead of {digest}")
-        except (OSError, ValueError, http.client.HTTPException) as error:
+                megabytes = islice(iter(partial(response.read, 10**6), b""), 32)
+                data = b"".join(_counted(megabytes, f"{name}:", "MB"))
+            found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+            if found != digest:
+                raise ValueError(f"MD5 {found} instead of {digest}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as opened:
+                opened.write(data)
+        except Exception as error:
             raise ValueError(
-                f"cannot fetch {url}/{name} ({error}): fetch it and put it into {folder}"
+                f"cannot fetch {url}/{name} ({one_line(error)}): fetch it and put it into {folder}"
             ) from error
 
 
-def _copy(response, file, name, limit=32 << 20):
-    """Copy what comes, with progress on stderr -> its MD5."""
-    md5, size = hashlib.md5(usedforsecurity=False), 0
-    try:
-        while data := response.read(1 << 16):
-            size += file.write(data)
-            md5.update(data)
-            print(f"\r{name}: {size / 1e6:.1f} MB", end="", file=sys.stderr, flush=True)
-            if size > limit:
-                raise ValueError(f"more than {limit} bytes")
-    finally:
-        print(file=sys.stderr)
-    return md5.hexdigest()
-
-
 # MiniImagenet ----------------------------------------------------------------------------------
-
-
-NO_PILLOW = "photographs need Pillow, which is missing: pip install pillow"
 
 
 def load_miniimagenet(path, each=1):
@@ -349,17 +303,21 @@ def load_miniimagenet(path, each=1):
 
 def _photos(path, split, each):
     """One split, from its cache or decoded now."""
-    classes = _folders(path / split)
+    folder = path / split
+    classes = _folders(folder)
     small = min(classes, key=lambda name: len(classes[name]))
     count = len(classes[small])
     if count < each:
-        raise ValueError(
-            f"{path / split / small}: {count} images, and a task needs {each}: add some, or remove it"
-        )
+        raise ValueError(f"{folder / small}: {count} images, and a task needs {each}: add some, or remove it")
     if any(len(files) > count for files in classes.values()):
-        print(f"{path / split}: every class is cut to the {count} images of {small}", file=sys.stderr)
-    key = ["miniimagenet 84 lanczos 1", [(name, files[:count]) for name, files in classes.items()]]
-    return _cached(path, f"miniimagenet-{split}", key, lambda: _decoded(path / split, classes, count))
+        print(f"{folder}: every class is cut to the {count} images of {small}", file=sys.stderr)
+    cut = [(name, files[:count]) for name, files in classes.items()]
+
+    def build():
+        blocks = (_decoded([folder / name / file for file, *_ in files]) for name, files in cut)
+        return (len(cut), count, 84, 84, 3), _counted(blocks, f"{folder}:", f"of {len(cut)} classes")
+
+    return _cached(path, f"miniimagenet-{split}", ["miniimagenet 84 lanczos 1", cut], build)
 
 
 def _folders(folder):
@@ -381,24 +339,6 @@ def _image(file):
     return _usable(file.name) and file.name.lower().endswith((".jpg", ".jpeg", ".png")) and file.is_file()
 
 
-def _decoded(folder, classes, count):
-    """-> the shape of all images, and an iterator of uint8 [count, 84, 84, 3] of each class in turn."""
-    if not find_spec("PIL"):
-        raise ValueError(NO_PILLOW)
-    files = ([folder / name / file for file, *_ in files[:count]] for name, files in classes.items())
-    return (len(classes), count, 84, 84, 3), _blocks(folder, files, len(classes))
-
-
-def _blocks(folder, files, classes):
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the GIL
-            for done, some in enumerate(files, 1):
-                yield np.stack(list(pool.map(_photo, some)))
-                print(f"\r{folder}: {done} of {classes} classes", end="", file=sys.stderr, flush=True)
-    finally:
-        print(file=sys.stderr)
-
-
 def load_own(folder, shape):
     """One task of one's own images -> class names, support (x, y), query files, query x, as in `few_shot`.
 
@@ -406,8 +346,6 @@ def load_own(folder, shape):
     JPEGs or PNGs of any size, brought to `shape` (height, width, channels) as the data sets are. With one
     channel dark is ink, 1.
     """
-    if not find_spec("PIL"):
-        raise ValueError(NO_PILLOW)
     folder = Path(folder)
     classes = {name: files for name, files in _folders(folder).items() if name != "query"}
     queries = sorted(file for where in (folder, folder / "query") for file in where.glob("*") if _image(file))
@@ -416,12 +354,20 @@ def load_own(folder, shape):
             what = "a class needs support images" if name else "put queries beside the classes"
             raise ValueError(f"{folder / name}: no JPEG or PNG: {what}")
     files = [folder / name / file for name, some in classes.items() for file, *_ in some]
-    x = np.stack([_photo(file, shape) for file in [*files, *queries]])[None] / np.float32(255)
+    x = _decoded([*files, *queries], shape)[None] / np.float32(255)
     y = np.eye(len(classes), dtype=np.float32).repeat([len(some) for some in classes.values()], axis=0)
     return list(classes), (x[:, : len(files)], y[None]), queries, x[:, len(files) :]
 
 
-def _photo(file, shape=(84, 84, 3)):
+def _decoded(files, shape=(84, 84, 3)):
+    """JPEGs and PNGs of any size -> uint8 [files, *shape]; with one channel ink is 255."""
+    if not find_spec("PIL"):
+        raise ValueError("photographs need Pillow, which is missing: pip install pillow")
+    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the GIL
+        return np.stack(list(pool.map(partial(_photo, shape), files)))
+
+
+def _photo(shape, file):
     from PIL import Image
 
     height, width, channels = shape
@@ -438,7 +384,29 @@ def _photo(file, shape=(84, 84, 3)):
         raise ValueError(f"{file}: does not decode ({one_line(error)}): replace or remove it") from error
 
 
-# The cache -------------------------------------------------------------------------------------
+# Files -----------------------------------------------------------------------------------------
+
+
+def _usable(name):
+    """Whether a name is not hidden, and can be part of a message of one line."""
+    return name[0] != "." and name.isprintable() and len(name) < 200
+
+
+def one_line(error):
+    """What an exception says, as part of a message of one line."""
+    return " ".join(str(error).split())[:300]
+
+
+def _counted(items, what, unit):
+    """The items, while a line of stderr says how many of them are done."""
+    done = 0
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            print(f"\r{what} {done} {unit}", end="", file=sys.stderr, flush=True)
+    finally:
+        if done:
+            print(file=sys.stderr)
 
 
 def _cached(folder, name, key, build):
@@ -446,8 +414,8 @@ def _cached(folder, name, key, build):
     elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml"
     home = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     places = [folder / f"{name}.npy", elsewhere / f"{name}-{home}.npy"]
-    for place in places:
-        with suppress(Exception):  # none there yet, or of other files, or broken, whatever its bytes
+    for place in filter(os.path.isfile, places):
+        with suppress(Exception):  # it is of other files, or broken, whatever its bytes
             return Split(place, 0, _length(place, key))
     for place in places:
         try:
@@ -460,8 +428,6 @@ def _cached(folder, name, key, build):
 
 def _length(place, key):
     """How many classes the .npy file has, if digests of pixels and key follow its pixels."""
-    if not place.is_file():
-        raise ValueError(f"{place}: no regular file")
     images = np.load(place, mmap_mode="r")
     with place.open("rb") as file:
         file.seek(images.offset + images.nbytes)
