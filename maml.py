@@ -717,7 +717,7 @@ def classify(models, args):
     for flag in ("data", "results", "plot", "workers", "scheduler"):
         if getattr(args, flag):
             raise Unusable(f"--adapt prints its answer alone, so --{flag} does not go with it; leave it out")
-    for experiment, learned in models:
+    for (experiment, learned), name in zip(models, cli.names_of(models, args)):
         s, network = experiment.settings, experiment.network
         if s["task"] == "sinusoid" or s["method"] == "nearest":
             raise Unusable(f"--adapt is for networks of images, not {s['task']}, {s['method']}")
@@ -735,7 +735,7 @@ def classify(models, args):
             raise FloatingPointError(
                 f"the outputs diverge within {steps} steps: lower --alpha or --eval-steps"
             )
-        lines = [f"{'class':<24}{'probability':<14}query"]
+        lines = [f"{'class':<24}{'probability':<14}query, by {name}"]
         for file, row in zip(files, softmax(out)):
             lines.append(f"{classes[row.argmax()]:<24}{row.max():<14.3f}{file}")
         cli.tell("\n".join(lines), to="stdout")

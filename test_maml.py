@@ -1467,7 +1467,7 @@ def test_ones_own_images_are_classified(glyphs, capsys):
     assert tasks.load_own("own", (28, 28, 1))[1][0][0, 0, 0, 0, 0] == 0, "paper"
     assert command("--evaluate a.npz --adapt own") == 0
     head, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert head == ["class", "probability", "query"]
+    assert head == ["class", "probability", "query,", "by", "maml"]
     assert [(label, file) for label, _, file in lines] == [("bar", "own/2.jpg"), ("ring", "own/query/3.png")]
     assert all(float(probability) > 0.6 for _, probability, _ in lines)
 
