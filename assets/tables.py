@@ -39,19 +39,21 @@ def row(weights):
     settings, state, *_ = cli.load_checkpoint(str(weights), module)
     experiment = module.experiment_of(settings)
     found = results(weights.with_suffix(".csv"))
-    shots, paper = next((k, experiment.published(k)) for k, _ in found if experiment.published(k))
+    shots = next((k for k, _ in found if experiment.published(k)), min(found)[0])
+    paper = experiment.published(shots)
+    steps = list(paper) or [step for k, step in found if k == shots]
     more = weights.with_name(f"{weights.stem}-2400.csv")
     figures = []
     for summaries in (found, results(more) if more.exists() else {}):
-        some = [summaries[shots, step] for step in paper if (shots, step) in summaries]
+        some = [summaries[shots, step] for step in steps if (shots, step) in summaries]
         figures.append(", ".join(cli.cell(one, experiment.scale, experiment.digits) for one in some) or "–")
     cells = [
         f"`{weights.stem}`",
-        f"{settings['iterations']:,}, {state.iteration:,}",
+        f"{cli.iterations_of(settings):,}, {state.iteration:,}",
         str(settings["seed"]),
-        ", ".join(map(str, paper)),
+        ", ".join(map(str, steps)),
         *figures,
-        ", ".join(paper.values()),
+        ", ".join(paper.values()) or "–",
     ]
     return f"| {' | '.join(cells)} |"
 
