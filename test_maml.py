@@ -690,7 +690,9 @@ def test_the_cache_is_reused_and_made_again_when_it_must_be(tmp_path, monkeypatc
     monkeypatch.setattr(tasks, "_characters", lambda parts: calls.append(1) or decode(parts))
     again = tasks.load_omniglot(tmp_path)
     assert not calls and same(first, again)
-    for broken in (whole[:-1], whole[:-32], whole[:500], b"", whole[:40] + whole[60:], bytes(len(whole))):
+    other_header = whole.replace(b"|u1", b"|i1", 1), whole.replace(b"False", b"True ", 1)
+    cut = whole[:-1], whole[:-32], whole[:500], b"", whole[:40] + whole[60:], bytes(len(whole))
+    for broken in (*cut, *other_header):
         calls.clear()
         cache.unlink()
         cache.write_bytes(broken)
