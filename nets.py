@@ -752,18 +752,14 @@ class Loss:
 
         return value, gradient, product
 
+    @primitive
     def grad(self, theta, x, y):
         """∇L [T, P]. Autograd may differentiate it once more by theta: it then takes the product."""
-        return _grad(self, theta, x, y)
-
-
-@primitive
-def _grad(loss, theta, x, y):
-    return loss.expand(theta, x, y)[1]
+        return self.expand(theta, x, y)[1]
 
 
 defvjp(
-    _grad,
+    Loss.grad,
     lambda g, loss, theta, x, y: lambda v: loss.expand(theta, x, y)[2](v, total=theta.ndim == 1),
     argnums=(1,),
 )
