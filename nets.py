@@ -471,9 +471,8 @@ class Conv:
         self.shapes, self.view = {name: (3, 3, inputs, outputs)}, (9 * inputs, outputs)
 
     def apply(self, x, w):
-        (_, tall, rows), (_, wide, columns) = (_same(size, self.stride) for size in x.shape[2:4])
-        x = anp.pad(x, ((0, 0), (0, 0), tall, wide, (0, 0)), "constant")
-        patches = anp.concatenate([x[:, :, i, j] for i in rows for j in columns], axis=-1)
+        x = anp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), "constant")
+        patches = anp.concatenate(_taps(x, self.stride), axis=-1)
         w = anp.reshape(w, w.shape[:-4] + (1,) * (w.ndim - 4) * 2 + self.view)
         return anp.matmul(patches, w)
 
@@ -509,17 +508,12 @@ class _Patches:
 
     def __init__(self, x, stride):
         self.stride, self.below = stride, x.shape
-        tasks, n, h, w, c = x.shape
-        self.shape = tasks, n, _same(h, stride)[0], _same(w, stride)[0]
-        self.x, self.kept = (x, None) if stride == 1 else (None, _unfold(x, stride))
+        self.shape = (*x.shape[:2], *(-(-size // stride) for size in x.shape[2:4]))
+        self.x, self.kept = (x, None) if stride == 1 else (None, [(slice(None), _unfold(x, stride))])
 
     def blocks(self):
-        """Slices of the images, and their patches."""
-        if self.stride > 1:
-            yield slice(None), self.kept
-        else:
-            for cut in _blocks(self.x, copies=9):
-                yield cut, _unfold(self.x[:, cut], self.stride)
+        """Slices of the images, each with its patches."""
+        return self.kept or ((cut, _unfold(self.x[:, cut], 1)) for cut in _blocks(self.x, copies=9))
 
     def convolve(self, w):
         """a w, [T, n, h', w', outputs]."""
@@ -550,43 +544,42 @@ def _turned(w):
     return np.ascontiguousarray(taps).reshape(*w.shape[:-2], 9 * w.shape[-1], -1)
 
 
-def _same(size, stride):
-    """TensorFlow's "SAME" padding: -> output size, zeros (before, after), what each of three taps reads."""
-    out = -(-size // stride)
-    total = max((out - 1) * stride + 3 - size, 0)
-    taps = [slice(i, i + stride * (out - 1) + 1, stride) for i in range(3)]
-    return out, (total // 2, total - total // 2), taps
+def _taps(padded, stride):
+    """What each tap of a 3x3 filter reads of x in its border of zeros: nine views [T, n, out h, out w, c].
+
+    TensorFlow's "SAME" padding: at stride 2 the border before an even size is not read.
+    """
+    sizes = padded.shape[2] - 2, padded.shape[3] - 2
+    rows, columns = ([slice(i + (size - 1) % stride, i + size, stride) for i in range(3)] for size in sizes)
+    return [padded[:, :, i, j] for i in rows for j in columns]
 
 
-def _padded(shape, stride, dtype):
-    """Zeros for [..., h, w, c] and their padding, their place in it, (out h, out w), the taps."""
-    *lead, h, w, c = shape
-    (height, (top, bottom), rows), (width, (left, right), columns) = _same(h, stride), _same(w, stride)
-    padded = np.zeros((*lead, top + h + bottom, left + w + right, c), dtype)
-    inside = padded[..., top : top + h, left : left + w, :]
-    return padded, inside, (height, width), list(itertools.product(rows, columns))
+def _padded(x):
+    """x [T, n, h, w, c] in a border of zeros, one pixel wide."""
+    tasks, n, h, w, c = x.shape
+    padded = np.zeros((tasks, n, h + 2, w + 2, c), x.dtype)
+    padded[:, :, 1:-1, 1:-1] = x
+    return padded
 
 
 def _unfold(x, stride):
     """x [T, n, h, w, c] -> its zero-padded 3x3 patches as rows, [T, n·out h·out w, 9 c]."""
-    padded, inside, (height, width), _ = _padded(x.shape, stride, x.dtype)
-    inside[...] = x
-    (tasks, n, *_, c), st = x.shape, padded.strides
-    patches = np.lib.stride_tricks.as_strided(
-        padded,
-        (tasks, n, height, width, 3, 3 * c),
-        (st[0], st[1], stride * st[2], stride * st[3], st[2], st[4]),
-    )
-    return patches.reshape(tasks, n * height * width, 9 * c)
+    padded = _padded(x)
+    first = _taps(padded, stride)[0]
+    (*size, c), (*steps, number) = first.shape, first.strides
+    patches = np.lib.stride_tricks.as_strided(first, (*size, 3, 3 * c), (*steps, padded.strides[2], number))
+    return patches.reshape(len(x), -1, 9 * c)
 
 
 def _fold(a, shape, stride):
     """The adjoint of `_unfold`: each pixel of x's shape sums what the patches hold of it."""
-    padded, inside, size, taps = _padded(shape, stride, a.dtype)
-    a = a.reshape(*shape[:2], *size, 9, shape[-1])
-    for k, (i, j) in enumerate(taps):
-        padded[:, :, i, j] += a[..., k, :]
-    return inside
+    tasks, n, h, w, c = shape
+    padded = np.zeros((tasks, n, h + 2, w + 2, c), a.dtype)
+    taps = _taps(padded, stride)
+    a = a.reshape(*taps[0].shape[:4], 9, c)
+    for k, tap in enumerate(taps):
+        tap += a[..., k, :]
+    return padded[:, :, 1:-1, 1:-1]
 
 
 class FirstBlock:
@@ -665,16 +658,14 @@ def _centred_patches(x, stride):
     one, and BLAS has a faster way with pieces of up to about 1000 rows.
     """
     tasks, n, h, w, c = x.shape
-    padded, inside, (height, width), taps = _padded((tasks, c, n, h, w, 1), stride, x.dtype)
-    inside[..., 0] = np.moveaxis(x, -1, 1)
+    taps = _taps(_padded(np.moveaxis(x, -1, 1).reshape(tasks, c * n, h, w, 1)), stride)
+    height, width = taps[0].shape[2:4]
     a = np.empty((tasks, 9 * c + 1, n * height * width), x.dtype)
-    patches = a[:, :-1].reshape(tasks, 9, c, n, height, width)
-    for k, (i, j) in enumerate(taps):
-        patches[:, k] = padded[..., i, j, 0]
+    np.stack(taps, axis=1, out=a[:, :-1].reshape(tasks, 9, *taps[0].shape[1:]))
     a[:, :-1] -= a[:, :-1].mean(axis=-1, keepdims=True)
     a[:, -1] = 1
     lines = max(size for size in range(1, 2 + 1000 // width) if n * height % size == 0)
-    return a.reshape(tasks, 9 * c + 1, -1, lines * width).swapaxes(1, 2), (tasks, n, height, width)
+    return a.reshape(*a.shape[:2], -1, lines * width).swapaxes(1, 2), (tasks, n, height, width)
 
 
 # Losses ----------------------------------------------------------------------------------------
