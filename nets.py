@@ -156,17 +156,17 @@ def convnet(shape, ways, filters=64, pool=False):
     Glorot uniform, but a standard normal after the mean over space; the rest zero.
     """
     height, width, inputs = shape
-    stride = 1 if pool else 2
-    layers = [FirstBlock(inputs, filters, ("conv1", "beta1"), stride)]
-    for i in range(1, 5):
-        if i > 1:
-            layers += [Conv(filters, filters, f"conv{i}", stride), BatchNorm(filters, f"beta{i}")]
-        layers += [MaxPool(), Relu()] if pool else [Relu()]
-        height, width = (height // 2, width // 2) if pool else (-(-height // 2), -(-width // 2))
-    if pool and 0 in (height, width):
+    if pool and min(height, width) < 16:
         raise ValueError(f"images are {shape}; four 2x2 pools need 16x16 pixels or more")
+    layers, stride = [], 1 if pool else 2
+    for i in range(1, 5):
+        conv, norm = Conv(inputs, filters, f"conv{i}", stride), BatchNorm(filters, f"beta{i}")
+        layers += [conv, norm] if layers else [FirstBlock(conv, norm)]
+        layers += [MaxPool(), Relu()] if pool else [Relu()]
+        inputs = filters
     if pool:
-        layers += [Flatten(), Dense(height * width * filters, ways, ("w", "b"), glorot_uniform)]
+        pixels = (height // 16) * (width // 16)
+        layers += [Flatten(), Dense(pixels * filters, ways, ("w", "b"), glorot_uniform)]
     else:
         layers += [SpatialMean(), Dense(filters, ways, ("w", "b"), standard_normal)]
     return Network(layers, tuple(shape), (ways,))
@@ -329,8 +329,7 @@ class MaxPool(_Fixed):
         return anp.max(anp.stack(_quads(x)), axis=0)
 
     def forward(self, _, x):
-        (tasks, n, h, w, c), shape = x.shape, x.shape
-        out = np.empty((tasks, n, h // 2, w // 2, c), x.dtype)
+        shape, out = x.shape, np.empty_like(_quads(x)[0])
         masks = np.empty((4, *out.shape), bool)
         for cut in _blocks(x):
             quads, part = _quads(x[:, cut]), out[:, cut]
@@ -340,7 +339,7 @@ class MaxPool(_Fixed):
         share = np.reciprocal(masks.sum(axis=0, dtype=np.uint8), dtype=x.dtype)
 
         def gather(dx):
-            return sum(mask * q for mask, q in zip(masks, _quads(dx))) * share
+            return reduce(iadd, (mask * q for mask, q in zip(masks, _quads(dx)))) * share
 
         def scatter(u):
             below, u = np.empty(shape, u.dtype), u * share
@@ -428,7 +427,7 @@ class BatchNorm:
         def backward(u, g):
             u = _rows(u)
             g[...] = u.sum(axis=1)
-            below, _ = project(u)
+            below, p = project(u)
 
             def tangent(v, dx):
                 dz, ds = project(_rows(dx))
@@ -436,8 +435,7 @@ class BatchNorm:
                 def finish(du, h):
                     du = _rows(du)
                     h[...] = du.sum(axis=1) if h.ndim == 2 else du.sum(axis=(0, 1))
-                    dp, p = _mean(u * dz), _mean(u * z)
-                    d_below = project(du)[0] - (dz * p + z * dp + below * ds) / s
+                    d_below = project(du)[0] - (dz * p + z * _mean(u * dz) + below * ds) / s
                     return d_below.reshape(shape)
 
                 return (dz + v[:, None]).reshape(shape), finish
@@ -585,7 +583,7 @@ def _fold(a, shape, stride):
 class FirstBlock:
     """BatchNorm of Conv of the data, as one layer: no pass over the convolution's output, the largest array.
 
-    names (w, beta). The patches a do not depend on theta, so that their mean and covariance C say what the
+    The patches a do not depend on theta, so that their mean and covariance C say what the
     batch norm does. With a centred, a·b the sum of products down a column, and w̃ = w / s,
 
         s = sqrt(w·Cw + 0.001)        out = a w̃ + beta         G = aᵀu          q = G·w̃
@@ -597,11 +595,10 @@ class FirstBlock:
     A column of ones on a, as in `Dense`, stands for beta: [a, 1] [w̃; beta].
     """
 
-    draw = staticmethod(glorot_uniform)
-
-    def __init__(self, inputs, outputs, names, stride):
-        self.conv, self.norm = Conv(inputs, outputs, names[0], stride), BatchNorm(outputs, names[1])
-        self.shapes, self.view = self.conv.shapes | self.norm.shapes, (9 * inputs + 1, outputs)
+    def __init__(self, conv, norm):
+        self.conv, self.norm, self.draw = conv, norm, conv.draw
+        self.shapes, (rows, outputs) = conv.shapes | norm.shapes, conv.view
+        self.view = (rows + 1, outputs)
 
     def apply(self, x, w, beta):
         return self.norm.apply(self.conv.apply(x, w), beta)
