@@ -26,6 +26,9 @@ import autograd.numpy as anp
 import numpy as np
 from autograd.extend import defvjp, primitive
 
+EPSILON = 0.001  # added to the variance, as in the authors' code
+BLOCK = 1 << 19  # numbers that stay in the cache
+
 # The network -----------------------------------------------------------------------------------
 
 
@@ -138,12 +141,11 @@ def mlp(sizes, normalize=False, draw=None, activation=None):
     """
     draw, activation = draw or truncated_normal, activation or Relu
     layers, last = [], len(sizes) - 1
-    for i in range(1, last):
-        bias = () if normalize else (f"b{i}",)
-        layers += [Dense(sizes[i - 1], sizes[i], (f"w{i}", *bias), draw, first=i == 1)]
-        layers += [BatchNorm(sizes[i], f"beta{i}")] if normalize else []
-        layers += [activation()]
-    layers += [Dense(sizes[-2], sizes[-1], (f"w{last}", f"b{last}"), draw, first=last == 1)]
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes), 1):
+        normal = normalize and i < last
+        layers += [Dense(inputs, outputs, (f"w{i}",) if normal else (f"w{i}", f"b{i}"), draw, first=i == 1)]
+        layers += [BatchNorm(outputs, f"beta{i}")] if normal else []
+        layers += [activation()] if i < last else []
     return Network(layers, (sizes[0],), (sizes[-1],))
 
 
@@ -358,9 +360,6 @@ def _blocks(x, copies=1):
     return [slice(start, start + size) for start in range(0, x.shape[1], size)]
 
 
-BLOCK = 1 << 19  # numbers that stay in the cache
-
-
 def _quads(x):
     """The four corners of x's 2x2 blocks, as views."""
     h, w = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
@@ -391,9 +390,6 @@ class Flatten(_Fixed):
     def forward(self, _, x):
         shape = x.shape
         return _linear(self.apply(x), self.apply, lambda u: u.reshape(shape))
-
-
-EPSILON = 0.001  # added to the variance, as in the authors' code
 
 
 class BatchNorm:
