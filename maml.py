@@ -77,11 +77,11 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
         return value.mean(), v.mean(axis=0)
     theta, trail = unroll(loss, theta, support, alpha, steps)
     value, v = expand(loss, theta, *query)[:2]
-    for _, product in trail[:0:-1]:
-        v = v - product(alpha * v)
+    for product in trail[:0:-1]:
+        v -= product(alpha * v)
     total = v.sum(axis=0)
-    for _, product in trail[:1]:  # at the theta that all tasks share their products are wanted in sum
-        total = total - product(alpha * v, total=True)
+    for product in trail[:1]:  # at the theta that all tasks share their products are wanted in sum
+        total -= product(alpha * v, total=True)
     return value.mean(), total / len(v)
 
 
@@ -100,20 +100,20 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
     theta, trail = unroll(loss, thetas.pop(), support, alpha, min(kept, steps))
     value, v = expand(loss, theta, *query)[:2]
     while trail:  # no name for a product, so that each is gone before the next is there
-        v = v - trail.pop()[1](alpha * v)
+        v -= trail.pop()(alpha * v)
     while thetas:
-        v = v - expand(loss, thetas.pop(), *support)[2](alpha * v)
+        v -= expand(loss, thetas.pop(), *support)[2](alpha * v)
     return value.mean(), v.mean(axis=0)
 
 
 def unroll(loss, theta, support, alpha, steps):
-    """The steps of `adapt`: -> theta_S [T, P] and, of each step, (∇L(theta_s) [T, P], v ↦ H_s v)."""
+    """The steps of `adapt`: -> theta_S [T, P] and, of each step, v ↦ H_s v."""
     trail = []
     for _ in range(steps):
         _, g, product = expand(loss, theta, *support)
-        step = alpha * g
-        theta = np.subtract(theta, step, out=step)
-        trail.append((g, product))
+        g *= -alpha
+        theta = np.add(theta, g, out=g)
+        trail.append(product)
     return theta, trail
 
 
@@ -121,13 +121,14 @@ def expand(loss, theta, x, y):
     """L(theta + v) = value + g·v + v·H v / 2 + ..., per task: -> value [T], g [T, P], v ↦ H v.
 
     loss.expand, or autograd's. The product takes v [T, P] to [T, P], or with total=True to its sum over
-    tasks, [P].
+    tasks, [P]. g is new, and the caller's to write into.
     """
     if hasattr(loss, "expand"):
         return loss.expand(theta, x, y)
     theta = _per_task(theta, x)
     product, g = make_hvp(lambda theta: anp.sum(_one_each(loss(theta, x, y), theta)))(theta)
-    return loss(theta, x, y), g, lambda v, total=False: product(v).sum(axis=0) if total else product(v)
+    # +g: autograd may share it, or make it read-only
+    return loss(theta, x, y), +g, lambda v, total=False: product(v).sum(axis=0) if total else product(v)
 
 
 def gradient(loss, theta, x, y):
@@ -146,12 +147,16 @@ def meta_sgd_gradient(loss, theta_alpha, support, query, steps):
     theta_alpha = [theta, alpha], [2P] -> value, gradient [2P], means over tasks.
     """
     theta, alpha = np.split(theta_alpha, 2)
-    theta, trail = unroll(loss, theta, support, alpha, steps)
+    trail = []
+    for _ in range(steps):
+        _, g, product = expand(loss, theta, *support)
+        theta = theta - alpha * g
+        trail.append((g, product))
     value, v = expand(loss, theta, *query)[:2]
     d_alpha = np.zeros_like(v)
-    for g, hvp in reversed(trail):
+    for g, product in reversed(trail):
         d_alpha -= v * g
-        v = v - hvp(alpha * v)
+        v -= product(alpha * v)
     return value.mean(), np.concatenate([v.mean(axis=0), d_alpha.mean(axis=0)])
 
 

@@ -618,8 +618,8 @@ class FirstBlock:
         def backward(u, g):
             u = transposed_times(u)
             q = _dot(u[:, :-1], w)
-            g[:, :-1] = (u[:, :-1] - q * cw) / s
-            g[:, -1:] = u[:, -1:]
+            slope = (u[:, :-1] - q * cw) / s
+            g[:, :-1], g[:, -1:] = slope, u[:, -1:]
 
             def tangent(v, _):
                 ds = _dot(cw, v[:, :-1])
@@ -628,7 +628,7 @@ class FirstBlock:
                 def finish(du, h):
                     du = transposed_times(du)
                     dq = _dot(du[:, :-1], w) + _dot(u[:, :-1], dw)
-                    du[:, :-1] -= dq * cw + q * (covariance @ dw) + ds * g[:, :-1]
+                    du[:, :-1] -= dq * cw + q * (covariance @ dw) + ds * slope
                     du[:, :-1] /= s
                     h[...] = du if h.ndim == 3 else du.sum(axis=0)
 
