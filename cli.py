@@ -325,7 +325,7 @@ class Log:
 # A run ------------------------------------------------------------------------------------------
 
 
-def main(argv, module):
+def main(module, argv=None):
     """Runs the command line (None: the process's) that `module`, maml or rl, describes: -> exit code.
 
     The module has build_parser() and settings_of(args); experiment_of(settings), whose contract

@@ -847,10 +847,7 @@ def plot_episode(canvas, experiment, learned):
     canvas.legend(*lines, ncols=2, fontsize=8, loc="outside lower center", frameon=False)
 
 
-def main(argv=None):
-    """The command line: -> exit code."""
-    return cli.main(argv, sys.modules[__name__])
-
+main = partial(cli.main, sys.modules[__name__])
 
 if __name__ == "__main__":
     import maml  # by this name workers find what they are sent

@@ -784,10 +784,7 @@ def outlines(environment, observation):
     return np.concatenate([middle + axis + arc, middle - axis - arc], axis=1)
 
 
-def main(argv=None):
-    """The command line: -> exit code."""
-    return cli.main(argv, sys.modules[__name__])
-
+main = partial(cli.main, sys.modules[__name__])
 
 if __name__ == "__main__":
     import rl  # by this name workers find what they are sent
