@@ -298,8 +298,9 @@ class Relu(_Fixed):
     def forward(self, _, x):
         mask = (x > 0).astype(x.dtype)
 
-        def masked(u):
-            return u * mask
+        def masked(u):  # in place: a neighbour that keeps u meets zeros where later passes are zero too
+            u *= mask
+            return u
 
         return _linear(x * mask, masked, masked)
 
@@ -376,7 +377,7 @@ class SpatialMean(_Fixed):
         area = x.shape[2] * x.shape[3]
 
         def spread(u):
-            return np.broadcast_to((u / area)[:, :, None, None], x.shape)
+            return np.broadcast_to((u / area)[:, :, None, None], x.shape).copy()
 
         return _linear(self.apply(x), self.apply, spread)
 
@@ -431,7 +432,8 @@ class BatchNorm:
                 def finish(du, h):
                     du = _rows(du)
                     h[...] = du.sum(axis=1) if h.ndim == 2 else du.sum(axis=(0, 1))
-                    d_below = project(du)[0] - (dz * p + z * _mean(u * dz) + below * ds) / s
+                    d_below, _ = project(du)
+                    d_below -= dz * (p / s) + z * (_mean(u * dz) / s) + below * (ds / s)
                     return d_below.reshape(shape)
 
                 return (dz + v[:, None]).reshape(shape), finish

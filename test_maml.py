@@ -184,6 +184,15 @@ def test_closed_forms_equal_the_definition_and_finite_differences(p):
     check_differences(p.loss, p.each, *p.support, p.v)
 
 
+def test_relu_may_write_into_what_batch_norm_hands_down_and_reads_again():
+    p = problem(sizes=(2, 3, 3, 1))
+    dense, relu, *rest = p.network.layers
+    network = nets.Network([dense, relu, nets.BatchNorm(3, "beta"), *rest], (2,), (1,))
+    theta = network.flatten({"beta": np.full(3, 0.5)} | p.network.unflatten(p.theta))
+    v = unit(p.rng.normal(size=(len(p.each), network.size)))
+    check_closed_forms(nets.mean_squared_error(network), theta, *p.support, v, 1e-10)
+
+
 @settings(max_examples=10)
 @given(problems())
 def test_float32_stays_float32_and_agrees(p):
