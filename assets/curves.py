@@ -19,7 +19,8 @@ def plot_curves(canvas, runs):
         if figure:
             axes.axhline(float(figure), color=maml.RED, lw=1, ls="--", label="the paper's figure")
         maml.learning(axes, log)
-        axes.set_title(os.path.splitext(os.path.basename(log))[0], loc="left", fontsize=10)
+        name = os.path.splitext(os.path.basename(log))[0].removesuffix("-log")
+        axes.set_title(name, loc="left", fontsize=10)
     lines = {name: line for axes in grid for line, name in zip(*axes.get_legend_handles_labels())}
     canvas.legend(lines.values(), lines, ncols=3, loc="outside lower center", frameon=False)
     for axes in grid[len(runs) :]:
