@@ -454,7 +454,7 @@ def scaling():
     navigation = experiment_of(rl, "--task navigation")
 
     def iteration(map):
-        with mock.patch.object(maml, "threads", lambda: map):
+        with mock.patch.object(cli, "threads", lambda: map):
             return meta_iteration(navigation, navigation.start().theta, rl.outer_problem)
 
     speed_up("navigation, threads", iteration, cli.threads())

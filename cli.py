@@ -330,7 +330,8 @@ def main(module, argv=None):
 
     The module has build_parser() and settings_of(args); experiment_of(settings), whose contract
     `maml.Experiment` states; train, the loop of meta-iterations; plot(models, curves, log); EVALUATION, the
-    table of what an evaluation may be asked; BASELINES; and LOWER, what to lower where training diverges.
+    table of what an evaluation may be asked; BASELINES; LOWER, what to lower where training diverges; and
+    classify(models, args), where its parser has --adapt.
     """
     name = f"{module.__name__}.py"
     for stream in ("stdout", "stderr"):  # closed, or without some character: no reason to stop

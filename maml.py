@@ -452,6 +452,9 @@ class Experiment:
     published(K)            {step: figure} of the paper or its authors at the same settings
     map                     who computes parcels where no flag says; `spreads`: whether there are several
     log_every, save_every   meta-iterations
+    settings, method        as the checkpoint has them
+    metric_name, heading    of the table, whose figures are the metric times `scale`, to so many `digits`
+    picture                 the kind of picture: models of one kind share it
     """
 
     columns, watched, log_every, save_every = ("loss", "before", "after"), "loss", 500, 1000
@@ -847,7 +850,7 @@ def plot_episode(canvas, experiment, learned):
     canvas.legend(*lines, ncols=2, fontsize=8, loc="outside lower center", frameon=False)
 
 
-main = partial(cli.main, sys.modules[__name__])
+main = partial(cli.main, sys.modules[__name__])  # main(argv=None) -> exit code
 
 if __name__ == "__main__":
     import maml  # by this name workers find what they are sent

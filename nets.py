@@ -377,7 +377,7 @@ class SpatialMean(_Fixed):
         area = x.shape[2] * x.shape[3]
 
         def spread(u):
-            return np.broadcast_to((u / area)[:, :, None, None], x.shape).copy()
+            return np.broadcast_to((u / area)[:, :, None, None], x.shape).copy()  # for Relu to write into
 
         return _linear(self.apply(x), self.apply, spread)
 

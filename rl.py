@@ -499,7 +499,8 @@ ALPHA = {  # with which the authors adapt what was not meta-trained
 }
 # fmt: on
 SIZES = {"navigation": (2, 2, 2), "cheetah": (20, 6, 1), "ant": (125, 8, 1)}  # observation, action, goal
-BASELINES, LOWER = tuple(ALPHA), "--alpha or --max-kl"  # where training diverges
+BASELINES = tuple(ALPHA)
+LOWER = "--alpha or --max-kl"  # where training diverges
 
 # The authors' figures, from their result files: (task, method) -> mean return after 0, 1, 2, 3 steps.
 PAPER = {
@@ -784,7 +785,7 @@ def outlines(environment, observation):
     return np.concatenate([middle + axis + arc, middle - axis - arc], axis=1)
 
 
-main = partial(cli.main, sys.modules[__name__])
+main = partial(cli.main, sys.modules[__name__])  # main(argv=None) -> exit code
 
 if __name__ == "__main__":
     import rl  # by this name workers find what they are sent
