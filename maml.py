@@ -66,8 +66,8 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
         v_S = ∇L(theta_S; query),    v_s = v_{s+1} - H_s (alpha ⊙ v_{s+1}),    gradient = v_0.
 
     theta [P]; alpha a number or [P]. order=1 drops every H (first-order MAML), and keeps nothing of the
-    steps. Costs steps + 1 gradients and `steps` Hessian-vector products, and keeps of a step its gradient
-    and what its product reads.
+    steps. Costs steps + 1 gradients and `steps` Hessian-vector products, and keeps of a step theta_s and
+    what its product reads.
     """
     alpha = _checked(theta, support, alpha, steps)
     if order not in (1, 2):
@@ -127,7 +127,7 @@ def expand(loss, theta, x, y):
         return loss.expand(theta, x, y)
     theta = _per_task(theta, x)
     product, g = make_hvp(lambda theta: anp.sum(_one_each(loss(theta, x, y), theta)))(theta)
-    # +g: autograd may share it, or make it read-only
+    # +g: autograd may read its own once more, in the product
     return loss(theta, x, y), +g, lambda v, total=False: product(v).sum(axis=0) if total else product(v)
 
 
@@ -144,7 +144,8 @@ def gradient(loss, theta, x, y):
 def meta_sgd_gradient(loss, theta_alpha, support, query, steps):
     """Meta-SGD (Li et al. 2017): alpha [P] is learned with theta; ∂/∂alpha = -Σ_s v_{s+1} ⊙ ∇L(theta_s).
 
-    theta_alpha = [theta, alpha], [2P] -> value, gradient [2P], means over tasks.
+    theta_alpha = [theta, alpha], [2P] -> value, gradient [2P], means over tasks. The steps are those of
+    `unroll`, but their gradients are kept.
     """
     theta, alpha = np.split(theta_alpha, 2)
     trail = []
