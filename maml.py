@@ -81,7 +81,8 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
         v -= product(alpha * v)
     total = v.sum(axis=0)
     for product in trail[:1]:  # at the theta that all tasks share their products are wanted in sum
-        total -= product(alpha * v, total=True)
+        v *= alpha
+        total -= product(v, total=True)
     return value.mean(), total / len(v)
 
 

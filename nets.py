@@ -170,7 +170,7 @@ def convnet(shape, ways, filters=64, pool=False):
         pixels = (height // 16) * (width // 16)
         layers += [Flatten(), Dense(pixels * filters, ways, ("w", "b"), glorot_uniform)]
     else:
-        layers += [SpatialMean(), Dense(filters, ways, ("w", "b"), standard_normal)]
+        layers += [SpatialMean(), Dense(filters, ways, ("w", "b"), np.random.Generator.standard_normal)]
     return Network(layers, tuple(shape), (ways,))
 
 
@@ -180,11 +180,6 @@ def truncated_normal(rng, shape):
     while (far := np.abs(draws) > 2).any():
         draws[far] = rng.normal(size=far.sum())
     return 0.01 * draws
-
-
-def standard_normal(rng, shape):
-    """Draws of N(0, 1)."""
-    return rng.normal(size=shape)
 
 
 def glorot_uniform(rng, shape):
@@ -208,16 +203,10 @@ def _times(a, w):
 
 
 def _transposed_times(a, u, out):
-    """aᵀ u: a [T, m, in], u [T, m, out] -> [T, in, out], or its sum over tasks where out is [in, out].
-
-    The sum takes one product per group of tasks, of up to 500 rows: more to a small result are slow.
-    """
-    if out.ndim == 3:
-        return np.matmul(a.mT, u, out=out)
-    tasks, n = a.shape[:2]
-    group = max(size for size in range(1, 2 + 500 // n) if tasks % size == 0)
-    a, u = (array.reshape(tasks // group, group * n, -1) for array in (a, u))
-    return np.matmul(a.mT, u).sum(axis=0, out=out)
+    """aᵀ u: a [T, m, in], u [T, m, out] -> [T, in, out], or its sum over tasks where out is [in, out]."""
+    if out.ndim == 2:
+        a, u = (array.reshape(-1, array.shape[-1]) for array in (a, u))
+    return np.matmul(a.mT, u, out=out)
 
 
 def _append_one(x):
