@@ -82,10 +82,10 @@ class Setting(NamedTuple):
     def flag(self):
         return "--" + self.name.replace("_", "-")
 
-    def shown(self):
-        """The default as --help has it, or each task's where they differ."""
+    def shown(self, *tasks):
+        """The default as --help has it, or each task's where they differ; of these tasks alone, if any."""
         texts = {task: " ".join(map(str, np.atleast_1d(value))) for task, value in self.defaults.items()}
-        texts = {task: text for task, text in texts.items() if text != "None"}
+        texts = {task: text for task, text in texts.items() if text != "None" and task in (tasks or texts)}
         if len(set(texts.values())) == 1:
             return next(iter(texts.values()))
         return ", ".join(f"{task} {text}" for task, text in texts.items())

@@ -2224,6 +2224,7 @@ def test_readme_examples_run_and_learn(folder):
 def test_the_readmes_figures_are_those_of_the_weights_and_tables(folder):
     models, lines = sorted((HERE / "assets/weights").glob("*.npz")), README.splitlines()
     rows = [*map(assets.tables.row, models), *assets.tables.sinusoid_rows()]
+    rows += [*assets.tables.settings_rows(maml), *assets.tables.settings_rows(rl)]
     assert all(any(line.startswith(row) for line in lines) for row in rows) and len(rows) > 9
     assert sum(model.stat().st_size for model in models) < 5e6
     head, *rows = (HERE / "assets/sinusoid.csv").read_text().splitlines()

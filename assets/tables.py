@@ -84,8 +84,22 @@ def sinusoid_rows():
         yield f"| {' | '.join(cells)} |"
 
 
+def settings_rows(module):
+    """A command's defaults: what all tasks share, and a line a task."""
+    rows = module.SETTINGS + module.EVALUATION
+    shared = [row for row in rows if len(set(row.defaults.values())) == 1]
+    rows = [row for row in rows if row not in shared]
+    yield f"All of {module.__name__}.py: `{' '.join(f'{row.flag} {row.shown()}' for row in shared)}`"
+    yield f"| `--task` | {' | '.join(f'`{row.flag}`' for row in rows)} |"
+    yield "| --- " * (len(rows) + 1) + "|"
+    for task in module.TASKS:
+        values = ("–" if row.defaults[task] is None else row.shown(task) for row in rows)
+        yield f"| `{task}` | {' | '.join(values)} |"
+
+
 if __name__ == "__main__":
     if sys.argv[1:]:
         with cli.writing(SINUSOIDS) as file:
             file.write(joined(sys.argv[1:]).encode())
     print(*map(row, sorted(WEIGHTS.glob("*.npz"))), "", *sinusoid_rows(), sep="\n")
+    print("", *settings_rows(maml), "", *settings_rows(rl), sep="\n")
