@@ -69,9 +69,7 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
     steps. Costs steps + 1 gradients and `steps` Hessian-vector products, and keeps of a step theta_s and
     what its product reads.
     """
-    alpha = _checked(theta, support, alpha, steps)
-    if order not in (1, 2):
-        raise ValueError(f"order = {order}; expected 1 or 2")
+    alpha = _checked(theta, support, alpha, steps, order)
     if order == 1:
         value, v = expand(loss, adapt(loss, theta, support, alpha, steps), *query)[:2]
         return value.mean(), v.mean(axis=0)
@@ -81,8 +79,7 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
         v -= product(alpha * v)
     total = v.sum(axis=0)
     for product in trail[:1]:  # at the theta that all tasks share their products are wanted in sum
-        v *= alpha
-        total -= product(v, total=True)
+        total -= product(alpha * v, total=True)
     return value.mean(), total / len(v)
 
 
@@ -177,7 +174,7 @@ def joint_gradient(loss, theta, support, query):
     return meta_gradient(loss, theta, support, support, 0.0, 0)
 
 
-def _checked(theta, support, alpha, steps):
+def _checked(theta, support, alpha, steps, order=2):
     """alpha as a Python number or an array of theta's dtype; ValueError where the arguments do not fit."""
     x, y = support
     shape, dtype = getattr(theta, "shape", ()), getattr(theta, "dtype", type(theta).__name__)
@@ -189,6 +186,8 @@ def _checked(theta, support, alpha, steps):
         raise ValueError(f"theta {theta.shape}, x {x.shape}, y {y.shape}: different numbers of tasks")
     if not isinstance(steps, (int, np.integer)) or steps < 0:
         raise ValueError(f"steps = {steps}; expected an integer, 0 or more")
+    if order not in (1, 2):
+        raise ValueError(f"order = {order}; expected 1 or 2")
     if anp.ndim(alpha) == 0:
         return float(alpha) if isinstance(alpha, (int, float, np.generic, np.ndarray)) else alpha
     if alpha.shape != theta.shape[-1:] or alpha.dtype != theta.dtype:
