@@ -86,6 +86,7 @@ def row(label, limit, sides, columns, **timing):
 
 
 def header(columns):
+    cli.one_blas_thread()  # as the command does; after what compiles, which would leave holes in its heap
     info, blas = Path("/proc/cpuinfo"), np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     cpu = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
     versions = [f"{m.__name__} {m.__version__}" for m in (np, torch, jax) if m]
@@ -254,27 +255,22 @@ def jax_run(network, theta, count):
 
 def sinusoids():
     columns = "definition", "torch.func", "compiled", "jax"
-    header(columns)
-    rng = np.random.default_rng(0)
-    experiment = experiment_of(maml, "--task sinusoid")
+    rng, experiment = np.random.default_rng(0), experiment_of(maml, "--task sinusoid")
     loss, (sample, count, _) = experiment.loss, experiment.meta_batch().values()
     plain = lambda *data: loss(*data)  # noqa: E731  the definition: no closed forms
     theta = (0.3 * rng.normal(size=loss.network.size)).astype(np.float32)
     v = rng.normal(size=(count, loss.network.size)).astype(np.float32)
-
     (x, y), _ = sample(rng, count)
-    _, gradient, product = passes(loss.network, count, x.shape[1])
-    sides = {"ours": lambda: loss.grad(theta, x, y), "definition": lambda: maml.gradient(plain, theta, x, y)}
-    row("gradient, 25 tasks", gradient, check(sides), columns)
-    ours, definition = (maml.expand(one, theta, x, y)[2] for one in (loss, plain))
-    sides = {"ours": lambda: ours(v), "definition": lambda: definition(v)}
-    row("Hessian-vector product, 25 tasks", product, check(sides), columns)
-
+    ways = {"ours": loss, "definition": plain}
+    gradients = {name: partial(maml.gradient, way, theta, x, y) for name, way in ways.items()}
+    products = {name: partial(maml.expand(way, theta, x, y)[2], v) for name, way in ways.items()}
+    limits = partial(passes, loss.network, count, x.shape[1])
+    rows = [("gradient, 25 tasks", lambda: limits()[1], check(gradients))]
+    rows += [("Hessian-vector product, 25 tasks", lambda: limits()[2], check(products))]
     for count, steps in ((25, 1), (100, 1), (25, 5), (100, 5)):
         other = experiment_of(maml, f"--task sinusoid --meta-batch {count} --steps {steps}")
-        sides = check(meta_gradient_sides(other, theta))
-        row(f"meta-gradient, {count} tasks, steps {steps}", meta_gradient_limit(other), sides, columns)
-
+        sides, limit = check(meta_gradient_sides(other, theta)), partial(meta_gradient_limit, other)
+        rows.append((f"meta-gradient, {count} tasks, steps {steps}", limit, sides))
     start = experiment.start()
 
     def run():
@@ -282,7 +278,11 @@ def sinusoids():
         return state.theta
 
     sides = {"ours": run} | ({"jax": jax_run(loss.network, start.theta, 500)} if jax else {})
-    row("sinusoid, 500 meta-iterations", 500 * meta_gradient_limit(experiment), sides, columns)
+    [side() for side in sides.values()]
+    rows.append(("sinusoid, 500 meta-iterations", lambda: 500 * meta_gradient_limit(experiment), sides))
+    header(columns)
+    for label, limit, sides in rows:
+        row(label, limit(), sides, columns)
 
 
 # Images: time and memory -----------------------------------------------------------------------
@@ -488,7 +488,6 @@ def locomotion(task):
 
 
 if __name__ == "__main__":
-    cli.one_blas_thread()  # as the command does; PyTorch and JAX have thread pools of their own
     parts = {"": sinusoids, "images": images, "memory": memory, "rl": reinforcement, "scaling": scaling}
     name = "".join(sys.argv[1:2])
     if name in ("-h", "--help"):
