@@ -768,7 +768,8 @@ def learning(axes, log, scale=1):
     iterations = [int(row["iteration"]) for row in rows]
     for when, color in {"before": GREY, "after": BLUE}.items():
         values = [scale * float(row[when]) for row in rows]
-        axes.plot(iterations, values, "o-", ms=3, color=color, label=f"{when} adaptation")
+        style = "o-" if len(rows) < 100 else "-"
+        axes.plot(iterations, values, style, ms=3, lw=1, color=color, label=f"{when} adaptation")
     axes.set(xlabel="meta-iterations")
 
 
