@@ -82,10 +82,13 @@ class Setting(NamedTuple):
     def flag(self):
         return "--" + self.name.replace("_", "-")
 
-    def shown(self, *tasks):
-        """The default as --help has it, or each task's where they differ; of these tasks alone, if any."""
-        texts = {task: " ".join(map(str, np.atleast_1d(value))) for task, value in self.defaults.items()}
-        texts = {task: text for task, text in texts.items() if text != "None" and task in (tasks or texts)}
+    def text(self, task):
+        """The task's default, as the flag takes it."""
+        return " ".join(map(str, np.atleast_1d(self.defaults[task])))
+
+    def shown(self):
+        """The default as --help has it, or each task's where they differ."""
+        texts = {task: self.text(task) for task, value in self.defaults.items() if value is not None}
         if len(set(texts.values())) == 1:
             return next(iter(texts.values()))
         return ", ".join(f"{task} {text}" for task, text in texts.items())

@@ -93,7 +93,7 @@ def settings_rows(module):
     yield f"| `--task` | {' | '.join(f'`{row.flag}`' for row in rows)} |"
     yield "| --- " * (len(rows) + 1) + "|"
     for task in module.TASKS:
-        values = ("–" if row.defaults[task] is None else row.shown(task) for row in rows)
+        values = ("–" if row.defaults[task] is None else row.text(task) for row in rows)
         yield f"| `{task}` | {' | '.join(values)} |"
 
 
