@@ -135,19 +135,20 @@ def task_name(prog, text):
     return text
 
 
-def parser_of(prog, what, methods, baselines, first_order, rows, workers, experiment):
-    """The flags of a command: a table's rows, and what has nothing to do with the task."""
+def parser_of(module, what, first_order, workers):
+    """The flags of the command that `module` is: its tables' rows, and what no table has."""
+    prog = f"{module.__name__}.py"
     parser = Parser(
         prog=prog, allow_abbrev=False, description=f"{what}: meta-trains, then evaluates on unseen tasks."
     )
     kind = partial(task_name, prog)
     parser.add_argument("--task", type=kind, choices=COMMANDS[prog], help="the task distribution p(T)")
     which, who = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
-    which.add_argument("--method", choices=methods, help="what is learned, and how (default: maml)")
+    which.add_argument("--method", choices=module.METHODS, help="what is learned, and how (default: maml)")
     text = "in place of a method: what the paper compares with"
-    which.add_argument("--baseline", choices=baselines, help=text)
+    which.add_argument("--baseline", choices=module.BASELINES, help=text)
     which.add_argument("--first-order", action="store_const", **first_order)
-    for row in rows:
+    for row in module.SETTINGS + module.EVALUATION:
         kind = {"type": row.kind, "metavar": "N" if row.kind in (count, several, whole) else "X"}
         if isinstance(row.kind, tuple):
             kind = {"type": type(row.kind[0]), "choices": row.kind}
@@ -157,6 +158,7 @@ def parser_of(prog, what, methods, baselines, first_order, rows, workers, experi
     who.add_argument("--workers", type=count, metavar="N", help=f"processes that {workers}")
     text = "Dask scheduler whose workers do, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])"
     who.add_argument("--scheduler", metavar="ADDRESS", help=text)
+    experiment = module.Experiment
     saved, logged = experiment.save_every, experiment.log_every
     files = {
         "save": f"checkpoint, every {saved} meta-iterations, on Ctrl-C and at the end",
@@ -470,8 +472,7 @@ def meta_train(experiment, state, best, rng, args, module):
 def measured(experiment, state, outcome, last, best, final):
     """A row of the log, a line of progress, and what is best on validation: of the run, and up to its end.
 
-    What is measured at an end that is not due is best for this end alone, so that a resumed run is the
-    unbroken one.
+    A score taken at an early end counts for this end alone, so that a resumed run is the unbroken one.
     """
     row, text, score = experiment.measure(state, outcome)
     due = state.iteration % experiment.log_every == 0 and score is not None
@@ -645,9 +646,9 @@ def one_blas_thread():
     """Keeps the OpenBLAS of NumPy's wheels to one thread, and glibc to one heap, which it keeps.
 
     A task's products are too small to share between cores, and where another process has one of the cores
-    OpenBLAS's threads wait for each other up to 50 times as long as one takes. What runs in parallel is
-    chunks of tasks, on threads; memory that glibc returned to the system, as it does with a thread's own heap
-    when that is empty and with every large array, took a third of TRPO's time to fault in again.
+    OpenBLAS's threads wait for each other up to 50 times as long as a single thread needs. What runs in
+    parallel is parcels of tasks, on threads; memory that glibc returned to the system, as it does with a
+    thread's own heap when that is empty and with every large array, took a third of TRPO's time to fault in.
     """
     library = ctypes.CDLL(np.linalg._umath_linalg.__file__)
     if hasattr(library, "scipy_openblas_set_num_threads64_"):

@@ -28,7 +28,7 @@ from cli import one_blas_thread as one_blas_thread  # for programs of one's own
 
 
 def adapt(loss, theta, support, alpha, steps):
-    """theta_{s+1} = theta_s - alpha ∇L(theta_s; support), s = 0 ... steps - 1: eq. (1), from theta_0 = theta.
+    """theta_{s+1} = theta_s - alpha ∇L(theta_s; support), s = 0 ... steps - 1, theta_0 = theta (section 2.2).
 
     theta [P] or [T, P]; alpha a number or an array [P] -> theta_steps [T, P]. Autograd can trace it.
     """
@@ -39,12 +39,12 @@ def adapt(loss, theta, support, alpha, steps):
 
 
 def meta_loss(loss, theta, support, query, alpha, steps):
-    """mean over tasks of L(adapt(theta, support); query): the objective of eq. (2)-(3), over T."""
+    """mean over tasks of L(adapt(theta, support); query): the objective of section 2.2, over T."""
     return anp.mean(loss(adapt(loss, theta, support, alpha, steps), *query))
 
 
 def meta_gradient_by_definition(loss, theta, support, query, alpha, steps):
-    """∇_theta of `meta_loss`, eq. (4), by autograd through the unrolled inner steps: -> value, [P].
+    """∇_theta of `meta_loss`, as in eq. (1), by autograd through the unrolled inner steps: -> value, [P].
 
     The reference for everything below: it calls the loss alone, none of its closed forms. Its graph
     keeps every intermediate result of every step.
@@ -73,7 +73,7 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
     if order == 1:
         value, v = expand(loss, adapt(loss, theta, support, alpha, steps), *query)[:2]
         return value.mean(), v.mean(axis=0)
-    theta, trail = unroll(loss, theta, support, alpha, steps)
+    theta, trail = unroll(loss, theta, [support] * steps, alpha)
     value, v = expand(loss, theta, *query)[:2]
     for product in trail[:0:-1]:
         v -= product(alpha * v)
@@ -86,8 +86,8 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
 def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
     """Equals `meta_gradient`, in memory that does not grow with the steps but by their theta_s.
 
-    What their products read is kept of the last `kept` steps; of those before it is computed anew: one
-    gradient a step more.
+    Of the last `kept` steps it keeps what their products read; of those before them theta_s alone, from which
+    the rest is computed anew: one gradient a step more.
     """
     alpha = _checked(theta, support, alpha, steps)
     if kept < 0:
@@ -95,7 +95,7 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
     thetas = [theta]
     for _ in range(steps - kept):
         thetas.append(thetas[-1] - alpha * gradient(loss, thetas[-1], *support))
-    theta, trail = unroll(loss, thetas.pop(), support, alpha, min(kept, steps))
+    theta, trail = unroll(loss, thetas.pop(), [support] * min(kept, steps), alpha)
     value, v = expand(loss, theta, *query)[:2]
     while trail:  # no name for a product, so that each is gone before the next is there
         v -= trail.pop()(alpha * v)
@@ -104,10 +104,10 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
     return value.mean(), v.mean(axis=0)
 
 
-def unroll(loss, theta, support, alpha, steps):
-    """The steps of `adapt`: -> theta_S [T, P] and, of each step, v ↦ H_s v."""
+def unroll(loss, theta, supports, alpha):
+    """The steps of `adapt`, each on its own support set: -> theta_S and, of each step, v ↦ H_s v."""
     trail = []
-    for _ in range(steps):
+    for support in supports:
         _, g, product = expand(loss, theta, *support)
         g *= -alpha
         theta = np.add(theta, g, out=g)
@@ -190,9 +190,10 @@ def _checked(theta, support, alpha, steps, order=2):
         raise ValueError(f"order = {order}; expected 1 or 2")
     if anp.ndim(alpha) == 0:
         return float(alpha) if isinstance(alpha, (int, float, np.generic, np.ndarray)) else alpha
-    if alpha.shape != theta.shape[-1:] or alpha.dtype != theta.dtype:
+    found = getattr(alpha, "dtype", type(alpha).__name__), getattr(alpha, "shape", ())
+    if found != (theta.dtype, theta.shape[-1:]):
         raise ValueError(
-            f"alpha is {alpha.dtype} {alpha.shape}; expected {theta.dtype} {theta.shape[-1:]} or a number"
+            "alpha is {} {}; expected {} {} or a number".format(*found, theta.dtype, theta.shape[-1:])
         )
     return alpha
 
@@ -252,7 +253,7 @@ def train(step, state, rng, iterations, map=map):
 
 
 def adam_step(state, rng, outer_gradient, sample, tasks, beta, clip=np.inf, parcel=None, map=map):
-    """theta ← theta - beta ∇_theta Σ_i L_i(f_theta'_i), eq. (4), with Adam: -> State, meta-loss.
+    """theta ← theta - beta ∇_theta Σ_i L_i(f_theta'_i), eq. (1), with Adam: -> State, meta-loss.
 
     outer_gradient(theta, support, query) -> value, gradient, means over tasks; sample, tasks, parcel and map
     as in `spread`. The gradient is clipped to ±clip, element by element. FloatingPointError names the
@@ -261,7 +262,8 @@ def adam_step(state, rng, outer_gradient, sample, tasks, beta, clip=np.inf, parc
     at_theta = partial(outer_gradient, state.theta)
     value, g = mean_over_parcels(at_theta, sample, rng, tasks, parcel, map)
     if not (np.isfinite(value) and np.isfinite(g).all()):
-        raise FloatingPointError(f"the meta-loss became {value} at iteration {state.iteration + 1}")
+        what = f"the meta-loss is {value}, its largest gradient {np.abs(g).max()}"
+        raise FloatingPointError(f"{what}, at iteration {state.iteration + 1}")
     return adam(state, np.clip(g, -clip, clip) if clip < np.inf else g, beta), value
 
 
@@ -342,7 +344,7 @@ LOWER = "--alpha or --beta"  # where training diverges
 CLASSIFIED = {"omniglot": 1100, "miniimagenet": 64}  # training classes, which the pretrained one tells apart
 NETS, QUERIES = ("conv", "mlp"), ("together", "alone")
 # fmt: off
-SETTINGS = cli.table_of(  # what a checkpoint keeps; 20-way, 5-shot and Reptile differ as `usual` says
+SETTINGS = cli.table_of(  # what a checkpoint keeps; 20-way, 5-shot and Reptile differ: `conditional_defaults`
     TASKS,
     #                      sinusoid   omniglot   miniimagenet
     ("ways",       several, None,      5,         5,         "classes N a task"),
@@ -368,7 +370,7 @@ EVALUATION = cli.table_of(  # may differ at every evaluation
 # fmt: on
 
 
-def usual(args):
+def conditional_defaults(args):
     """The defaults that depend on other flags (paper, A.1): {setting: value}."""
     defaults = {}
     if args.task == "omniglot" and (args.ways or 5) > 10:
@@ -389,21 +391,14 @@ def settings_of(args):
         raise Unusable(f"--baseline {method} is for --task {' or '.join(other)}, not {task}")
     if args.data and task == "sinusoid":
         raise Unusable("--data is for images, and --task sinusoid has none; leave it out")
-    return named | cli.settled(SETTINGS, task, args, usual(args), {})
+    return named | cli.settled(SETTINGS, task, args, conditional_defaults(args), {})
 
 
 def build_parser():
     """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
-    parser = cli.parser_of(
-        "maml.py",
-        "Model-Agnostic Meta-Learning",
-        METHODS,
-        BASELINES,
-        {"dest": "method", "const": "fomaml", "help": "--method fomaml"},
-        SETTINGS + EVALUATION,
-        "compute the parcels of an image meta-batch (default: a thread for each core)",
-        Experiment,
-    )
+    first_order = {"dest": "method", "const": "fomaml", "help": "--method fomaml"}
+    workers = "compute the parcels of an image meta-batch (default: a thread for each core)"
+    parser = cli.parser_of(sys.modules[__name__], "Model-Agnostic Meta-Learning", first_order, workers)
     what = "of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)"
     parser.add_argument("--data", metavar="FOLDER", help=what)
     what = "with --evaluate: a folder of support images per class, and the images to classify beside these"
@@ -578,10 +573,10 @@ class ImageExperiment(Experiment):
         mini, ways = settings["task"] == "miniimagenet", settings["ways"]
         shape = (84, 84, 3) if mini else (28, 28, 1)
         if settings["net"] == "conv":
-            network = partial(nets.convnet, shape, filters=settings["filters"], pool=mini)
+            self.network_for = partial(nets.convnet, shape, filters=settings["filters"], pool=mini)
         else:
-            network = partial(perceptron, shape)
-        self.network, self.classifier = network(ways), network(CLASSIFIED[settings["task"]])
+            self.network_for = partial(perceptron, shape)
+        self.network = self.network_for(ways)
         self.loss = nets.cross_entropy(self.network)
         self.metric = partial(accuracy, self.network)
         self.parcel = 1 if mini or ways > 10 else max(1, 8 // settings["shots"])
@@ -594,11 +589,9 @@ class ImageExperiment(Experiment):
     def open(self, data, asked):
         s = self.settings
         path = data or f"data/{s['task']}"
-        wanted = [("training", s["shots"], s["query"]), ("validation", s["shots"], s["shots"])]
-        wanted += [("test", k, self.eval_query(k)) for k in np.atleast_1d(asked["eval_shots"]).tolist()]
         try:
             if s["task"] == "miniimagenet":
-                self.images = tasks.load_miniimagenet(path, max(shots + query for _, shots, query in wanted))
+                self.images = tasks.load_miniimagenet(path)
             else:
                 if not data and not os.path.isdir(os.path.join(path, "images_background")):
                     tasks.download_omniglot(path)
@@ -606,9 +599,13 @@ class ImageExperiment(Experiment):
         except (OSError, ValueError) as error:
             hint = "" if data else "; or name the images' folder with --data"
             raise Unusable(tasks.one_line(error) + hint)
-        for purpose, shots, query in wanted:
+        samples = [("training", self.meta_batch()["sample"])]
+        samples += [("validation", self.sample("validation", s["shots"], s["shots"]))]
+        for k in np.atleast_1d(asked["eval_shots"]).tolist():
+            samples += [("test", self.sample("test", k, self.eval_query(k)))]
+        for purpose, sample in samples:
             try:
-                self.sample(purpose, shots, query)(self.stream(purpose), tasks=1)
+                sample(self.stream(purpose), tasks=1)
             except ValueError as error:
                 raise Unusable(f"{path}, {SPLITS[purpose]}: {error}")
 
@@ -620,35 +617,6 @@ class ImageExperiment(Experiment):
 
     def eval_query(self, shots):
         return shots
-
-    def start(self):
-        if self.method != "pretrained":
-            return super().start()
-        return State.start(self.classifier.init(self.stream("init"), self.settings["dtype"]))
-
-    def meta_batch(self):
-        """As many images as MAML meets make one task of the pretrained classifier."""
-        if self.method != "pretrained":
-            return super().meta_batch()
-        s, outputs = self.settings, self.classifier.outputs[0]
-        count, dtype = s["meta_batch"] * s["ways"] * (s["shots"] + s["query"]), np.dtype(s["dtype"])
-        draw = partial(tasks.labelled, images=self.images["train"], count=count, outputs=outputs, dtype=dtype)
-        return {"sample": partial(joint_sample, draw=draw), "tasks": 1}
-
-    def outer_gradient(self):
-        if self.method == "pretrained":
-            return partial(joint_gradient, nets.cross_entropy(self.classifier))
-        return super().outer_gradient()
-
-    def adaptation(self, learned):
-        """Of the pretrained classifier all but the last layer, which starts again from zero."""
-        if self.method != "pretrained":
-            return super().adaptation(learned)
-        names = list(self.network.shapes)[-2:]
-        body = self.network.size - sum(math.prod(self.network.shapes[name]) for name in names)
-        theta = np.zeros(self.network.size, learned.dtype)
-        theta[:body] = learned[:body]
-        return theta, self.inner_rate()
 
     def curve(self, learned, purpose, count, shots, steps, queries="together"):
         theta, alpha = self.adaptation(learned)
@@ -667,6 +635,36 @@ class ImageExperiment(Experiment):
         s = self.settings
         key = s["task"], s["method"], shots, s["ways"], s["net"]
         return PAPER.get(key, {}) if shots == s["shots"] else {}
+
+
+class PretrainedImages(ImageExperiment):
+    """The baseline that tells all training classes apart, then adapts a new last layer to each task."""
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.clip = np.inf  # the authors clip meta-gradients alone
+        self.classifier = self.network_for(CLASSIFIED[settings["task"]])
+
+    def start(self):
+        return State.start(self.classifier.init(self.stream("init"), self.settings["dtype"]))
+
+    def meta_batch(self):
+        """As many images as MAML meets, as one task."""
+        s, outputs = self.settings, self.classifier.outputs[0]
+        count, dtype = s["meta_batch"] * s["ways"] * (s["shots"] + s["query"]), np.dtype(s["dtype"])
+        draw = partial(tasks.labelled, images=self.images["train"], count=count, outputs=outputs, dtype=dtype)
+        return {"sample": partial(joint_sample, draw=draw), "tasks": 1}
+
+    def outer_gradient(self):
+        return partial(joint_gradient, nets.cross_entropy(self.classifier))
+
+    def adaptation(self, learned):
+        """The body, and a last layer of zeros."""
+        theta = np.zeros(self.network.size, learned.dtype)
+        *body, _, _ = self.network.unflatten(theta).values()
+        for part, found in zip(body, self.classifier.unflatten(learned).values()):
+            part[...] = found
+        return theta, self.inner_rate()
 
 
 def joint_sample(rng, tasks, draw):
@@ -718,7 +716,9 @@ def accuracy(network, theta, x, y, outputs=together):
 
 def experiment_of(settings):
     """The experiment that these settings name."""
-    return (Experiment if settings["task"] == "sinusoid" else ImageExperiment)(settings)
+    if settings["task"] == "sinusoid":
+        return Experiment(settings)
+    return (PretrainedImages if settings["method"] == "pretrained" else ImageExperiment)(settings)
 
 
 def classify(models, args):
@@ -731,7 +731,7 @@ def classify(models, args):
         if s["task"] == "sinusoid" or s["method"] == "nearest":
             raise Unusable(f"--adapt is for networks of images, not {s['task']}, {s['method']}")
         try:
-            classes, support, files, x = tasks.load_own(args.adapt, network.inputs)
+            classes, support, files, x = tasks.load_own(args.adapt, network.inputs, np.dtype(s["dtype"]))
         except (OSError, ValueError) as error:
             raise Unusable(tasks.one_line(error))
         if len(classes) != s["ways"]:

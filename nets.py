@@ -96,7 +96,7 @@ class Network:
                 tangents.append(forth)
 
             def tangent(v):
-                dx, finishes = None, []
+                dx, finishes = np.zeros((*x.shape[:2], *self.inputs), v.dtype), []
                 for forth, w in zip(reversed(tangents), self._views(v)):
                     dx, back = forth(w, dx)
                     finishes.append(back)
@@ -175,7 +175,7 @@ def convnet(shape, ways, filters=64, pool=False):
 
 
 def truncated_normal(rng, shape):
-    """Draws of N(0, 0.01²), those beyond two deviations drawn again (so theirs is 0.0088)."""
+    """Draws of N(0, 0.01²), those beyond two deviations drawn again (which leaves a deviation of 0.0088)."""
     draws = rng.normal(size=shape)
     while (far := np.abs(draws) > 2).any():
         draws[far] = rng.normal(size=far.sum())
@@ -287,7 +287,7 @@ class Relu(_Fixed):
     def forward(self, _, x):
         mask = (x > 0).astype(x.dtype)
 
-        def masked(u):  # in place: a neighbour that keeps u meets zeros where later passes are zero too
+        def masked(u):  # in place: the layer above may hold u, but reads it only where this mask comes again
             u *= mask
             return u
 
@@ -492,7 +492,7 @@ class _Patches:
     """
 
     def __init__(self, x, stride):
-        self.stride, self.below = stride, x.shape
+        self.stride, self.x_shape = stride, x.shape
         self.shape = (*x.shape[:2], *(-(-size // stride) for size in x.shape[2:4]))
         self.x, self.kept = (x, None) if stride == 1 else (None, [(slice(None), _unfold(x, stride))])
 
@@ -520,13 +520,13 @@ class _Patches:
         if self.stride == 1:
             return reduce(iadd, (_Patches(u, 1).convolve(_turned(w)) for u, w in pairs))
         patches = reduce(iadd, (_times(_rows(u), w.mT) for u, w in pairs))
-        return _fold(patches, self.below, self.stride)
+        return _fold(patches, self.x_shape, self.stride)
 
 
 def _turned(w):
     """The filters [..., 9 in, out] of dL/dx: taps in reverse, [..., 9 out, in]."""
     taps = w.reshape(*w.shape[:-2], 9, -1, w.shape[-1])[..., ::-1, :, :].swapaxes(-1, -2)
-    return np.ascontiguousarray(taps).reshape(*w.shape[:-2], 9 * w.shape[-1], -1)
+    return taps.reshape(*w.shape[:-2], 9 * w.shape[-1], -1)
 
 
 def _taps(padded, stride):
@@ -592,7 +592,7 @@ class FirstBlock:
 
     def forward(self, w, x):
         a, shape = _centred_patches(x, self.conv.stride)
-        moments = (a @ a.mT[..., :-1]).sum(axis=1)  # not symmetric, for BLAS's way with that is slower
+        moments = (a @ a.mT[..., :-1]).sum(axis=1)  # not a @ a.mT, whose symmetric product is slower
         covariance = moments[:, :-1] / x.dtype.type(math.prod(shape[1:]))
         w, beta = w[..., :-1, :], w[..., -1:, :]
         cw = covariance @ w

@@ -2,11 +2,12 @@
 """MAML for reinforcement learning (section 5.3 of the paper): policy gradients inside, TRPO outside.
 
 Axes: T tasks, B trajectories a task, H steps a trajectory, d numbers an observation, a numbers an action,
-P parameters. Where steps follow on each other is of no matter, [T, n, ...] has n = B·H of them. A trajectory
+P parameters. Where the order of steps does not matter, [T, n, ...] has n = B·H of them. A trajectory
 that ends early is followed by steps whose mask is 0; no mean counts them.
 
-Inside, theta'_i = theta - alpha ∇L_i(theta), L_i = -mean over steps of log pi_theta(a | s) A: eq. (4) of the
-paper, differentiated as it stands. Outside, with J_i = dtheta'_i / dtheta a product of I - alpha H,
+Inside, theta'_i = theta - alpha ∇L_i(theta), L_i = -mean over steps of log pi_theta(a | s) A, whose
+gradient estimates that of eq. (4), differentiated as it stands. Outside, with J_i = dtheta'_i / dtheta, a
+product of I - alpha H,
 
     max over theta of  mean_i mean over steps of pi_theta'_i(a | s) / pi_old(a | s) A
     subject to         mean_i KL(pi_old, pi_theta'_i) <= max_kl
@@ -66,14 +67,14 @@ class Locomotion:
     the centre of mass, d = 20; ant qpos, qvel, contact forces clipped to ±1, the torso's rotation and the
     centre of mass, d = 125. With a = clip(action, ±1), and v the centre of mass's x velocity after the step,
 
-        cheetah  r = -|v - goal| or goal v, - 0.05 |a|²
-        ant      r = 1 - |v - goal| or goal v, - 0.005 |a|² - 0.0005 |contact forces|² + 0.05
+        cheetah  r = {-|v - goal|, goal v} - 0.05 |a|²
+        ant      r = {1 - |v - goal|, goal v} - 0.005 |a|² - 0.0005 |contact forces|² + 0.05
 
-    and the ant is done where its state is not finite or its torso's height not within [0.2, 1.0]. A step is
-    `frame_skip` physics steps, of 0.01 s (cheetah) or 0.02 s (ant). A trajectory that is done stays as it is.
-    Bodies: gymnasium's half_cheetah.xml and ant.xml. One simulation serves all trajectories in turn; a row of
-    `states` is what it needs of one (position, velocity, control, and the solver's last solution, its start),
-    a row of `seen` what is observed of one: qpos, what follows above, and v.
+    in {"...-vel", "...-dir"}, and the ant is done where its state is not finite or its torso's height not
+    within [0.2, 1.0]. A step is `frame_skip` physics steps, of 0.01 s (cheetah) or 0.02 s (ant). A trajectory
+    that is done stays as it is. Bodies: gymnasium's half_cheetah.xml and ant.xml. One simulation serves all
+    trajectories in turn; a row of `states` is what it needs of one (position, velocity, control, and the
+    solver's last solution, its start), a row of `seen` what is observed of one: qpos and so on, and v.
     """
 
     horizon = 200
@@ -213,11 +214,6 @@ def log_density(out, action):
     return -0.5 * z**2 - log_std - 0.5 * np.log(2 * np.pi).astype(out.dtype)
 
 
-def log_likelihood(out, action):
-    """log pi(action | s), [T, n]: the sum over the numbers of an action."""
-    return anp.sum(log_density(out, action), axis=-1)
-
-
 def kl(old, new):
     """KL(old ‖ new) = E_old[log pi_old - log pi_new] at each step, [T, n], of the policies' outputs."""
     (m0, l0), (m1, l1) = _halves(old), _halves(new)
@@ -318,18 +314,13 @@ def features(observations):
 def baseline(observations, targets, mask, ridge=1e-5):
     """V(s_t) = features · w, w the ridge regression of targets, one a task: -> [T, B, H], 0 where mask is.
 
-    w = (ΦᵀΦ + ridge I)⁻¹ Φᵀ targets over a task's steps, by one batched solve; where that is not finite the
-    ridge is made ten times larger, up to five times.
+    w = (ΦᵀΦ + ridge I)⁻¹ Φᵀ targets over a task's steps, by one batched solve.
     """
     phi = features(observations) * mask[..., None]
     phi = phi.reshape(len(phi), -1, phi.shape[-1])
     y = (targets * mask).reshape(len(phi), -1, 1)
     gram, right = phi.mT @ phi, phi.mT @ y
-    for _ in range(6):
-        w = np.linalg.solve(gram + ridge * np.eye(phi.shape[-1]), right)
-        if np.isfinite(w).all():
-            break
-        ridge *= 10
+    w = np.linalg.solve(gram + ridge * np.eye(phi.shape[-1]), right)
     return (phi @ w).reshape(targets.shape).astype(targets.dtype)
 
 
@@ -370,14 +361,15 @@ def surrogate(policy, loss, alpha, theta, supports, query, old):
     x, y = query
     action, weight = _halves(y)
     new = policy.apply(theta, x)
-    ratio = anp.exp(log_likelihood(new, action) - log_likelihood(old, action))
+    change = log_density(new, action) - log_density(old, action)
+    ratio = anp.exp(anp.sum(change, axis=-1))
     return anp.stack([-anp.sum(ratio * weight[..., 0], axis=1), anp.mean(kl(old, new), axis=1)])
 
 
 def outer_problem(loss, alpha, order, theta, batches, map=map):
     """The outer step's problem at theta [P]: -> loss, gradient [P], v ↦ F v, trial ↦ (loss, KL).
 
-    The means over i of `task_problem`; batches[i] are those of a task, or of as many as every other i has.
+    The means over i of `task_problem`; batches[i] are those of one task, or of equally many for every i.
     """
     problems = map(partial(task_problem, loss, alpha, order, theta), batches)
     values, gradients, products, objectives = zip(*problems)
@@ -400,10 +392,8 @@ def task_problem(loss, alpha, order, theta, batches):
         loss = -surrogate, its ratio 1    gradient = Jᵀ ∇L(theta'; query)    F v = Jᵀ (Fisher at theta') J v.
     """
     *supports, (x, y) = batches
-    adapted, hessians = theta, []
-    for support in supports:
-        _, g, hessian = loss.expand(adapted, *support)
-        adapted, hessians = adapted - alpha * g, [*hessians, hessian][: 0 if order == 1 else None]
+    adapted, hessians = maml.unroll(loss, theta, supports, alpha)
+    hessians = hessians if order == 2 else []
     out, backward = loss.network.forward(adapted, x)
     g, tangent = backward(loss.output.expand(out, y)[1])
     metric = fisher(out) / x.shape[1]
@@ -499,7 +489,7 @@ ALPHA = {  # with which the authors adapt what was not meta-trained
 }
 # fmt: on
 SIZES = {"navigation": (2, 2, 2), "cheetah": (20, 6, 1), "ant": (125, 8, 1)}  # observation, action, goal
-BASELINES = tuple(ALPHA)
+METHODS, BASELINES = ("maml",), tuple(ALPHA)
 LOWER = "--alpha or --max-kl"  # where training diverges
 
 # The authors' figures, from their result files: (task, method) -> mean return after 0, 1, 2, 3 steps.
@@ -546,7 +536,7 @@ def test_goals(task, count):
 def adaptation(settings, loss, theta, trajectories, rates, goals, seeds):
     """Trajectories of theta, [P] or [T, P], before and after each inner step: yields Episodes, batches.
 
-    theta_{s+1} = theta_s - rates[s] ∇L(theta_s; batch), eq. (1), in each task, whose batch is that of the
+    theta_{s+1} = theta_s - rates[s] ∇L(theta_s; batch) in each task, whose batch is that of the
     steps taken, x [1, n, d], y [1, n, 2a]. A seed each time, one more than rates.
     """
     environment = environment_of(settings, goals, trajectories)
@@ -590,7 +580,7 @@ class Experiment:
 
     def __init__(self, settings):
         self.settings, self.method, self.alpha = settings, settings["method"], settings["alpha"]
-        self.usual = {row.name: row.defaults[settings["task"]] for row in EVALUATION}
+        self.table_defaults = {row.name: row.defaults[settings["task"]] for row in EVALUATION}
         inputs, actions, goal = SIZES[settings["task"].split("-")[0]]
         inputs += goal * (self.method == "oracle")
         self.policy = gaussian_policy(inputs, actions, (settings["hidden"],) * 2)
@@ -648,7 +638,7 @@ class Experiment:
 
     def score(self, theta):
         """What selects the best checkpoint: the return on validation goals after the steps of the table."""
-        _, _, *how = self.usual.values()
+        _, _, *how = self.table_defaults.values()
         curve = self.curve(theta, "validation", VALIDATION_TASKS, VALIDATION_TRAJECTORIES, *how)
         return curve[1 if self.method == "maml" else 0 :].mean()
 
@@ -665,7 +655,7 @@ class Experiment:
 
     def published(self, trajectories):
         figures = PAPER.get((self.settings["task"], self.method), ())
-        return dict(enumerate(figures)) if trajectories == self.usual["eval_trajectories"] else {}
+        return dict(enumerate(figures)) if trajectories == self.table_defaults["eval_trajectories"] else {}
 
     def rates(self, steps, shrink=1):
         """The size of each inner step: alpha, then alpha · shrink. The oracle is not adapted."""
@@ -679,16 +669,10 @@ experiment_of, train = Experiment, maml.train
 
 def build_parser():
     """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
-    return cli.parser_of(
-        "rl.py",
-        "MAML with TRPO for reinforcement learning",
-        ("maml",),
-        BASELINES,
-        {"dest": "order", "const": 1, "help": "--method maml --order 1"},
-        SETTINGS + EVALUATION,
-        "sample the trajectories (default: one for each core; navigation, none)",
-        Experiment,
-    )
+    what = "MAML with TRPO for reinforcement learning"
+    first_order = {"dest": "order", "const": 1, "help": "--method maml --order 1"}
+    workers = "sample the trajectories (default: one for each core; navigation, none)"
+    return cli.parser_of(sys.modules[__name__], what, first_order, workers)
 
 
 def settings_of(args):
@@ -724,7 +708,7 @@ def plot(models, curves, log):
 
 def behaviour(experiment, learned, goals, steps):
     """Episodes of these tasks after so many gradient steps each: [(name, colour, Episodes)]."""
-    rates = experiment.rates(max(steps), experiment.usual["eval_shrink"])
+    rates = experiment.rates(max(steps), experiment.table_defaults["eval_shrink"])
     given = learned, experiment.settings["trajectories"], rates, goals, experiment.stream("test"), map
     (along,) = experiment.spread(adaptation, *given)
     shown = [(*SHOWN[step], episodes) for step, (episodes, _) in enumerate(along) if step in steps]

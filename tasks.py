@@ -289,26 +289,26 @@ def download_omniglot(folder, url=OMNIGLOT_URL, md5=OMNIGLOT_MD5, timeout=20):
 # MiniImagenet ----------------------------------------------------------------------------------
 
 
-def load_miniimagenet(path, each=1):
+def load_miniimagenet(path):
     """MiniImagenet (Ravi & Larochelle 2017) at 84x84 -> {"train": images, "val": images, "test": images}.
 
     path: the folder of train/, val/ and test/, each a folder per class of JPEGs or PNGs of any size
     (64, 16 and 20 classes of 600). images: uint8 [classes, images of a class, 84, 84, 3], memory-mapped,
     resized as the authors did: Lanczos, straight to 84x84, the aspect not kept. A split's classes are cut
-    to its smallest one's number of images, which is said on stderr; ValueError if that is below `each`.
-    Decoded once by Pillow, into `path`/miniimagenet-train.npy and so on, or ~/.cache/maml.
+    to its smallest one's number of images, which is said on stderr. Decoded
+    once by Pillow, into `path`/miniimagenet-train.npy and so on, or ~/.cache/maml.
     """
-    return {split: _photos(Path(path), split, each) for split in ("train", "val", "test")}
+    return {split: _photos(Path(path), split) for split in ("train", "val", "test")}
 
 
-def _photos(path, split, each):
+def _photos(path, split):
     """One split, from its cache or decoded now."""
     folder = path / split
     classes = _folders(folder)
     small = min(classes, key=lambda name: len(classes[name]))
     count = len(classes[small])
-    if count < each:
-        raise ValueError(f"{folder / small}: {count} images, and a task needs {each}: add some, or remove it")
+    if not count:
+        raise ValueError(f"{folder / small}: no images; add some, or remove it")
     if any(len(files) > count for files in classes.values()):
         print(f"{folder}: every class is cut to the {count} images of {small}", file=sys.stderr)
     cut = [(name, files[:count]) for name, files in classes.items()]
@@ -339,7 +339,7 @@ def _image(file):
     return _usable(file.name) and file.name.lower().endswith((".jpg", ".jpeg", ".png")) and file.is_file()
 
 
-def load_own(folder, shape):
+def load_own(folder, shape, dtype=np.float32):
     """One task of one's own images -> class names, support (x, y), query files, query x, as in `few_shot`.
 
     folder: a folder of support images per class, and the queries beside these, or in its folder `query`:
@@ -354,8 +354,8 @@ def load_own(folder, shape):
             what = "a class needs support images" if name else "put queries beside the classes"
             raise ValueError(f"{folder / name}: no JPEG or PNG: {what}")
     files = [folder / name / file for name, some in classes.items() for file, *_ in some]
-    x = _decoded([*files, *queries], shape)[None] / np.float32(255)
-    y = np.eye(len(classes), dtype=np.float32).repeat([len(some) for some in classes.values()], axis=0)
+    x = _scaled(_decoded([*files, *queries], shape), dtype)[None]
+    y = np.eye(len(classes), dtype=dtype).repeat([len(some) for some in classes.values()], axis=0)
     return list(classes), (x[:, : len(files)], y[None]), queries, x[:, len(files) :]
 
 
