@@ -488,13 +488,15 @@ def locomotion(task):
     return spent, 4 * theta.size + len(pickle.dumps(rl.experience(*given)))
 
 
-if __name__ == "__main__":
+def main(name="", *_):
     parts = {"": sinusoids, "images": images, "memory": memory, "rl": reinforcement, "scaling": scaling}
-    name = "".join(sys.argv[1:2])
     if name in ("-h", "--help"):
         print(__doc__)
     elif name not in parts:
-        print(f"bench.py: {name!r} is none of {', '.join(parts)[2:]}; see --help", file=sys.stderr)
-        sys.exit(2)
+        raise cli.Unusable(f"{name!r} is none of {', '.join(parts)[2:]}; see --help")
     else:
         parts[name]()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded("bench.py", lambda: main(*sys.argv[1:])))

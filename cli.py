@@ -12,6 +12,7 @@ import io
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -35,6 +36,7 @@ COMMANDS = {
 }
 UNTRAINED = ("random", "nearest")
 FLOATS = ("float32", "float64")
+KEPT = ("data", "log", "results", "plot", "scheduler")  # flags to give again, as no checkpoint has them
 
 
 class Unusable(Exception):
@@ -61,10 +63,17 @@ def number(kind, low, name, high=np.inf):
     return parse
 
 
-count = number(int, 1, "count (1 or more)")
+count = number(int, 1, "count (1 to 2147483647)", high=2**31 - 1)
 several = number(int, 2, "count (2 or more)")
 whole = number(int, 0, "whole number (0 or more)")
 rate = number(float, 0, "rate (finite, 0 or more)")
+
+
+def name(text):
+    """A flag's kind: a name, which an unset variable of a shell is not."""
+    if not text:
+        raise ValueError
+    return text
 
 
 class Setting(NamedTuple):
@@ -147,17 +156,20 @@ def parser_of(module, what, first_order, workers):
     which.add_argument("--method", choices=module.METHODS, help="what is learned, and how (default: maml)")
     text = "in place of a method: what the paper compares with"
     which.add_argument("--baseline", choices=module.BASELINES, help=text)
-    which.add_argument("--first-order", action="store_const", **first_order)
+    short = first_order["dest"]  # for what --first-order is short, and does not go with it
+    groups = {short: which if short == "method" else parser.add_mutually_exclusive_group()}
+    groups[short].add_argument("--first-order", action="store_const", **first_order)
     for row in module.SETTINGS + module.EVALUATION:
         kind = {"type": row.kind, "metavar": "N" if row.kind in (count, several, whole) else "X"}
         if isinstance(row.kind, tuple):
             kind = {"type": type(row.kind[0]), "choices": row.kind}
         if any(isinstance(value, tuple) for value in row.defaults.values()):
             kind["nargs"] = "+"
-        parser.add_argument(row.flag, help=f"{row.meaning} (default: {row.shown()})", **kind)
+        home = groups.get(row.name, parser)
+        home.add_argument(row.flag, help=f"{row.meaning} (default: {row.shown()})", **kind)
     who.add_argument("--workers", type=count, metavar="N", help=f"processes that {workers}")
     text = "Dask scheduler whose workers do, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])"
-    who.add_argument("--scheduler", metavar="ADDRESS", help=text)
+    who.add_argument("--scheduler", type=name, metavar="ADDRESS", help=text)
     experiment = module.Experiment
     saved, logged = experiment.save_every, experiment.log_every
     files = {
@@ -169,9 +181,9 @@ def parser_of(module, what, first_order, workers):
     }
     kinds = {"log": "csv", "results": "csv", "plot": "png"}
     for flag, text in files.items():
-        parser.add_argument(f"--{flag}", metavar=f"FILE.{kinds.get(flag, 'npz')}", help=text)
+        parser.add_argument(f"--{flag}", type=name, metavar=f"FILE.{kinds.get(flag, 'npz')}", help=text)
     text = "train nothing, evaluate these checkpoints; --alpha may be given to fine-tune at another rate"
-    parser.add_argument("--evaluate", metavar="FILE.npz", nargs="+", help=text)
+    parser.add_argument("--evaluate", type=name, metavar="FILE.npz", nargs="+", help=text)
     parser.set_defaults(data=None, adapt=None)  # which one command has alone
     return parser
 
@@ -200,13 +212,16 @@ def lines_of(rows):
 def check_outputs(args, columns):
     """Unusable where the run could not write a file, or would replace one that is not its own."""
     heads = {"log": ",".join(["iteration", *columns]), "results": "task,method,"}
-    files = [(flag, getattr(args, flag)) for flag in ("save", "log", "results", "plot")]
-    read = [("resume", args.resume), *(("evaluate", path) for path in args.evaluate or ())]
-    if args.save in (None, args.resume):
-        files[0] = read.pop(0)
-    elif os.path.isfile(args.save):
-        hint = f"go on from it with --resume {args.save}, or remove it"
-        raise Unusable(f"--save {args.save}: there is a file; {hint}")
+    own, save = ("save", args.save) if args.save else ("resume", args.resume)
+    files = [(own, save), (own, save and best_of(save))]
+    files += [(flag, getattr(args, flag)) for flag in ("log", "results", "plot")]
+    read = [("evaluate", path) for path in args.evaluate or ()]
+    if save != args.resume:
+        read.append(("resume", args.resume))
+        for found in (save, best_of(save)):
+            if os.path.isfile(found):
+                hint = f"go on from it with --resume {save}, or remove it"
+                raise Unusable(f"--save {save}: there is a file {found}; {hint}")
     names = {}
     for flag, path in files + read:
         if path and names.setdefault(os.path.realpath(path), flag) != flag:
@@ -219,7 +234,8 @@ def check_outputs(args, columns):
 def check_writable(flag, path, head=None):
     """Unusable unless a file can be made at `path`, where there is none or one of ours, begun by `head`."""
     try:
-        if os.path.isdir(path):
+        folder, name = os.path.split(os.path.realpath(path))
+        if os.path.isdir(path) or path.endswith(os.sep):
             raise IsADirectoryError(21, "is a folder")
         if os.path.exists(path) and not os.path.isfile(path):
             raise FileExistsError(17, "is no regular file")
@@ -227,8 +243,8 @@ def check_writable(flag, path, head=None):
             with open(path, errors="replace") as file:
                 if not file.readline(999).startswith(head):
                     raise Unusable(f"{flag} {path}: not the file of this run; name another, or remove it")
-        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):  # root may write anywhere
-            pass
+        with tempfile.NamedTemporaryFile(prefix=f".{name}.01234567", suffix=".tmp", dir=folder):
+            pass  # tried, as root may write where no flag says so, with as long a name as `writing` takes
     except OSError as error:
         hint = "name a file in a writable folder"
         raise Unusable(f"{flag} {path}: cannot write there ({error.strerror}); {hint}")
@@ -321,10 +337,11 @@ class Log:
             rows = [row for row in rows if int(row[0]) <= iteration and int(row[0]) % every == 0]
         with writing(path) as file:
             file.write(lines_of([head, *rows]))
-        self.file = open(path, "ab", buffering=0)
+        self.path = path
 
     def write(self, *row):
-        self.file.write(lines_of([row]))
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(lines_of([row]))
 
 
 # A run ------------------------------------------------------------------------------------------
@@ -338,26 +355,32 @@ def main(module, argv=None):
     table of what an evaluation may be asked; BASELINES; LOWER, what to lower where training diverges; and
     classify(models, args), where its parser has --adapt.
     """
-    name = f"{module.__name__}.py"
+    one_blas_thread()
+    return guarded(f"{module.__name__}.py", lambda: run(module.build_parser().parse_args(argv), module))
+
+
+def guarded(name, function):
+    """function() as a command: -> exit code. What ends it early is one line on stderr."""
     for stream in ("stdout", "stderr"):  # closed, or without some character: no reason to stop
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, "w"))
         if hasattr(getattr(sys, stream), "reconfigure"):
             getattr(sys, stream).reconfigure(errors="replace")
-    one_blas_thread()
     try:
         with np.errstate(all="ignore"):
-            run(module.build_parser().parse_args(argv), module)
+            function()
         return 0
     except Unusable as error:
         code, text = 2, error
     except (FloatingPointError, OSError) as error:
         code, text = 1, error
+    except MemoryError as error:
+        code, text = 1, f"out of memory; lower --meta-batch, --shots or --eval-tasks ({error})"
     except BrokenExecutor:
         code, text = 1, "a worker was lost; --resume goes on from the last checkpoint"
     except KeyboardInterrupt as error:
         code, text = 130, str(error) or "interrupted"
-    tell(f"{name}: {text}")
+    tell(f"{name}: {' '.join(str(text).split())}")
     return code
 
 
@@ -375,16 +398,15 @@ def run(args, module):
         if (args.workers or args.scheduler) and not experiment.spreads:
             task = experiment.settings["task"]
             raise Unusable(f"{task} has nothing to spread; leave out --workers, --scheduler")
-        asked = evaluation_of(module.EVALUATION, experiment.settings, args)
-        experiment.open(args.data, asked)
     with workers_of(args, module) as map:
         for experiment in experiments:
+            experiment.open(args.data, evaluation_of(module.EVALUATION, experiment.settings, args))
             experiment.map = map or experiment.map
         models = runs if args.evaluate else [(experiments[0], meta_train(*runs[0], args, module))]
         try:
             report(models, args, module)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("interrupted while evaluating: no table; --evaluate makes it again")
+            raise KeyboardInterrupt("interrupted: --evaluate makes the table and the picture again")
 
 
 def evaluated(path, args, module):
@@ -443,7 +465,7 @@ def meta_train(experiment, state, best, rng, args, module):
             run = module.train(experiment.step, state, rng, iterations, experiment.map)
             for state, outcome in run:
                 i, last = state.iteration, state.iteration == iterations
-                stopping = asked.is_set() and not last  # read once: it may change at any line below
+                stopping = asked.is_set()  # read once: it may change at any line below
                 if i % experiment.log_every == 0 or last:
                     row, progress.text, best, final = measured(experiment, state, outcome, last, best, final)
                     if log:
@@ -454,11 +476,15 @@ def meta_train(experiment, state, best, rng, args, module):
                     save_checkpoint(save, experiment.settings, state, best, rng)
                 progress.show(i, last, outcome)
                 if stopping:
-                    hint = f"saved; go on with --resume {save}" if save else "nothing was saved (no --save)"
+                    given = {"evaluate" if last else "resume": save}
+                    given |= {flag: getattr(args, flag) for flag in KEPT if flag != "log" or not last}
+                    words = shlex.join(word for k, v in given.items() if v for word in (f"--{k}", v))
+                    hint = f"saved; go on with {words}" if save else "nothing was saved (no --save)"
                     raise KeyboardInterrupt(f"interrupted at iteration {i}: {hint}")
-        except FloatingPointError as error:
+        except (FloatingPointError, OSError) as error:
             kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
-            raise FloatingPointError(f"{error}: lower {module.LOWER}{kept}") from None
+            hint = f": lower {module.LOWER}" if isinstance(error, FloatingPointError) else ""
+            raise type(error)(f"{error}{hint}{kept}") from None
     if save and iterations == 0:
         save_checkpoint(save, experiment.settings, state, best, rng)
     if save:
@@ -721,6 +747,7 @@ def check_plot(args, experiments):
         return
     canvas = canvas_of(1, 1)
     try:
+        canvas.text(0.5, 0.5, "±")
         canvas.savefig(io.BytesIO(), format=os.path.splitext(args.plot)[1][1:])
     except Exception as error:  # whatever that format's library says
         raise Unusable(f"--plot {args.plot}: cannot be drawn ({tasks.one_line(error)}); end the name in png")
@@ -734,6 +761,8 @@ def canvas_of(width, height):
         from matplotlib.figure import Figure
     except ImportError:
         raise Unusable("pictures need matplotlib; pip install matplotlib") from None
+    except ValueError as error:  # its environment or matplotlibrc
+        raise Unusable(f"matplotlib does not start ({tasks.one_line(error)})") from None
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -759,6 +788,9 @@ def panel(axes, curves, experiment, **limits):
         axes.fill_between(range(len(rows)), low, high, color=line.get_color(), alpha=0.25, lw=0)
     axes.set(xlabel="gradient steps", **limits)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_title(experiment.heading.split(";")[0], loc="left", fontsize=10)
+    title = experiment.heading.split(";")[0]
+    if any(row["diverged"] for _, rows in curves for row in rows):
+        title += ",\nor the median where tasks diverge"
+    axes.set_title(title, loc="left", fontsize=10)
     lines = axes.get_legend_handles_labels()
     axes.figure.legend(*lines, fontsize=8, loc="outside lower left", frameon=False)

@@ -389,8 +389,6 @@ def settings_of(args):
     other = {"oracle": ("sinusoid",), "nearest": ("omniglot", "miniimagenet")}.get(method, TASKS)
     if task not in other:
         raise Unusable(f"--baseline {method} is for --task {' or '.join(other)}, not {task}")
-    if args.data and task == "sinusoid":
-        raise Unusable("--data is for images, and --task sinusoid has none; leave it out")
     return named | cli.settled(SETTINGS, task, args, conditional_defaults(args), {})
 
 
@@ -400,15 +398,15 @@ def build_parser():
     workers = "compute the parcels of an image meta-batch (default: a thread for each core)"
     parser = cli.parser_of(sys.modules[__name__], "Model-Agnostic Meta-Learning", first_order, workers)
     what = "of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)"
-    parser.add_argument("--data", metavar="FOLDER", help=what)
+    parser.add_argument("--data", type=cli.name, metavar="FOLDER", help=what)
     what = "with --evaluate: a folder of support images per class, and the images to classify beside these"
-    parser.add_argument("--adapt", metavar="FOLDER", help=what)
+    parser.add_argument("--adapt", type=cli.name, metavar="FOLDER", help=what)
     return parser
 
 
 # The experiments -------------------------------------------------------------------------------
 
-# What the paper prints (Tables 1 and 2): (task, method, what it depends on) -> {step: figure}.
+# What the paper prints of MAML and pretrained sinusoids: (task, method, what else matters) -> {step: figure}.
 PAPER = {
     ("sinusoid", "maml", 5): {1: "0.67", 5: "0.38", 10: "0.35"},
     ("sinusoid", "pretrained", 5): {1: "2.41", 5: "2.23", 10: "2.19"},
@@ -445,7 +443,7 @@ class Experiment:
     measure(state, outcome) -> a row of the log (`columns`), a line of progress, the validation score or None
     score(theta)            -> the validation score: larger is better. With `keeps_best` it selects
     test(theta, asked)      yields K, `summarize` of the metric of unseen tasks at each step
-    published(K)            {step: figure} of the paper or its authors at the same settings
+    published(K)            {step: figure} of the paper or its authors for this task, method and K
     map                     who computes parcels where no flag says; `spreads`: whether there are several
     log_every, save_every   meta-iterations
     settings, method        as the checkpoint has them
@@ -467,7 +465,8 @@ class Experiment:
         self.loss = self.metric = nets.mean_squared_error(self.network)
 
     def open(self, data, asked):
-        pass
+        if data:
+            raise Unusable("--data is for images, and --task sinusoid has none; leave it out")
 
     def sample(self, purpose, shots, query):
         """sample(rng, tasks) -> support, query, of tasks for a purpose."""
@@ -551,7 +550,7 @@ class Experiment:
 
     def test(self, learned, asked):
         count, steps, shots, *queries = asked.values()
-        for k in np.atleast_1d(shots).tolist():
+        for k in dict.fromkeys(np.atleast_1d(shots).tolist()):
             values = self.curve(learned, "test", count, k, steps, *queries)
             yield k, [summarize(v, self.threshold, self.worst) for v in values]
 
@@ -571,11 +570,11 @@ class ImageExperiment(Experiment):
     def __init__(self, settings):
         self.settings, self.method, self.images = settings, settings["method"], None
         mini, ways = settings["task"] == "miniimagenet", settings["ways"]
-        shape = (84, 84, 3) if mini else (28, 28, 1)
+        self.shape = (84, 84, 3) if mini else (28, 28, 1)
         if settings["net"] == "conv":
-            self.network_for = partial(nets.convnet, shape, filters=settings["filters"], pool=mini)
+            self.network_for = partial(nets.convnet, self.shape, filters=settings["filters"], pool=mini)
         else:
-            self.network_for = partial(perceptron, shape)
+            self.network_for = partial(perceptron, self.shape)
         self.network = self.network_for(ways)
         self.loss = nets.cross_entropy(self.network)
         self.metric = partial(accuracy, self.network)
@@ -731,7 +730,7 @@ def classify(models, args):
         if s["task"] == "sinusoid" or s["method"] == "nearest":
             raise Unusable(f"--adapt is for networks of images, not {s['task']}, {s['method']}")
         try:
-            classes, support, files, x = tasks.load_own(args.adapt, network.inputs, np.dtype(s["dtype"]))
+            classes, support, files, x = tasks.load_own(args.adapt, experiment.shape, np.dtype(s["dtype"]))
         except (OSError, ValueError) as error:
             raise Unusable(tasks.one_line(error))
         if len(classes) != s["ways"]:
@@ -762,14 +761,17 @@ def plot(models, curves, log):
 
 
 def learning(axes, log, scale=1):
-    """What --log has written: the metric before and after adaptation against meta-iterations."""
+    """What --log has written: the metric before and after adaptation; of many rows running means of ten."""
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
     iterations = [int(row["iteration"]) for row in rows]
     for when, color in {"before": GREY, "after": BLUE}.items():
-        values = [scale * float(row[when]) for row in rows]
-        style = "o-" if len(rows) < 100 else "-"
-        axes.plot(iterations, values, style, ms=3, lw=1, color=color, label=f"{when} adaptation")
+        values, style = [scale * float(row[when]) for row in rows], "o-"
+        if len(rows) >= 100:
+            values, style = np.convolve(values, np.full(10, 0.1), "valid"), "-"
+        axes.plot(
+            iterations[-len(values) :], values, style, ms=3, lw=1, color=color, label=f"{when} adaptation"
+        )
     axes.set(xlabel="meta-iterations")
 
 

@@ -741,12 +741,12 @@ defvjp(
 
 
 def mean_squared_error(network):
-    """L = mean over examples and outputs of (f_theta(x) - y)²; a mean, so alpha means the same for any n."""
+    """L = mean over examples and outputs of (f_theta(x) - y)²: eq. (2), but a mean, for an alpha of any n."""
     return Loss(network, SquaredError())
 
 
 def cross_entropy(network):
-    """L = mean over a task's examples of -log softmax(f_theta(x)) at the class that y [T, n, ways] marks."""
+    """L = mean over examples of -log softmax(f_theta(x)) at the class that y [T, n, ways] marks: eq. (3)."""
     return Loss(network, CrossEntropy())
 
 

@@ -141,7 +141,7 @@ class Split:
         self.shape, self.dtype = images.shape, images.dtype
 
     def __array__(self, dtype=None, copy=None):
-        return np.asarray(np.load(self.file, mmap_mode="r")[self.start : self.stop], dtype)
+        return np.array(np.load(self.file, mmap_mode="r")[self.start : self.stop], dtype, copy=copy)
 
     def __getitem__(self, key):
         return np.asarray(self)[key]
@@ -411,9 +411,10 @@ def _counted(items, what, unit):
 
 def _cached(folder, name, key, build):
     """The .npy of build() -> shape, uint8 blocks, as one Split: made of the same files before, or now."""
-    elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml"
-    home = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    places = [folder / f"{name}.npy", elsewhere / f"{name}-{home}.npy"]
+    places, home = [folder / f"{name}.npy"], hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    with suppress(RuntimeError):  # nobody's home is known
+        elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml"
+        places.append(elsewhere / f"{name}-{home}.npy")
     for place in filter(os.path.isfile, places):
         with suppress(Exception):  # it is of other files, or broken, whatever its bytes
             return Split(place, 0, _length(place, key))

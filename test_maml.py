@@ -734,6 +734,17 @@ def test_where_no_cache_can_be_written_it_goes_elsewhere(tmp_path, monkeypatch):
     assert same(first, tasks.load_omniglot(folder))
 
 
+def test_who_has_no_home_has_the_cache_beside_the_images(tmp_path, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    first = tasks.load_omniglot(zipped(tmp_path, drawn()[0]))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(tasks, "_write", None)
+    assert same(first, tasks.load_omniglot(tmp_path))
+
+
 good = png(glyph(0)[0])
 
 
@@ -1164,28 +1175,40 @@ def test_a_damaged_tail_of_the_log_is_healed(folder, monkeypatch):
         assert Path("a.csv").read_text() == Path("whole.csv").read_text(), tail
 
 
-@pytest.mark.parametrize("presses, save", [(1, "--save a.npz"), (1, ""), (2, "--save a.npz")])
+@pytest.mark.parametrize(
+    "presses, at, save, hint",
+    [
+        (1, 8, "--save a.npz --log b.csv", "saved; go on with --resume a.npz --log b.csv"),
+        (1, 8, "", "nothing was saved (no --save)"),
+        (
+            1,
+            40,
+            "--save a.npz --log b.csv --results c.csv",
+            "saved; go on with --evaluate a.npz --results c.csv",
+        ),
+        (2, 8, "--save a.npz", ""),
+    ],
+)
 def test_ctrl_c_ends_the_next_meta_iteration_and_a_second_one_this(
-    folder, monkeypatch, capsys, presses, save
+    folder, monkeypatch, capsys, presses, at, save, hint
 ):
-    """Pressed when it is too late for the checkpoint of iteration 7."""
+    """Pressed when it is too late for the checkpoint of the iteration before."""
     show = cli.Progress.show
 
     def interrupting(progress, iteration, *rest):
         show(progress, iteration, *rest)
-        for _ in range(presses if iteration == 7 else 0):
+        for _ in range(presses if iteration == at - 1 else 0):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(cli.Progress, "show", interrupting)
     assert command(QUICK, save) == 130
-    hint = "saved; go on with --resume a.npz" if save else "nothing was saved (no --save)"
-    line = f"interrupted at iteration 8: {hint}" if presses == 1 else "interrupted"
+    line = f"interrupted at iteration {at}: {hint}" if presses == 1 else "interrupted"
     assert capsys.readouterr().err.endswith(f"maml.py: {line}\n")
     assert os.path.exists("a.npz") == (presses == 1 and bool(save))
     if os.path.exists("a.npz"):
-        assert int(arrays("a.npz")["iteration"]) == 8
+        assert int(arrays("a.npz")["iteration"]) == at
         assert command("--evaluate a.npz --eval-tasks 2") == 0
-        assert " 8 meta-iterations" in capsys.readouterr().out
+        assert f" {at} meta-iterations" in capsys.readouterr().out
 
 
 def test_a_diverging_run_stops_names_the_iteration_and_keeps_the_checkpoint(folder, capsys, monkeypatch):
@@ -1195,6 +1218,28 @@ def test_a_diverging_run_stops_names_the_iteration_and_keeps_the_checkpoint(fold
     stopped = int(re.search(r"at iteration (\d+).*--alpha or --beta.*a.npz", message)[1])
     saved = arrays("a.npz")
     assert int(saved["iteration"]) == stopped - 1 and np.isfinite(saved["theta"]).all()
+
+
+def test_a_machine_that_fails_ends_a_run_with_one_line_that_says_what_is_kept(folder, capsys, monkeypatch):
+    monkeypatch.setattr(maml.Experiment, "save_every", 1)
+    sinusoid, left = tasks.sinusoid, [3]
+
+    def failing(rng, error, **asked):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return sinusoid(rng, **asked)
+
+    for error, line in [
+        (OSError("is full"), "is full; a.npz holds"),
+        (MemoryError(), "out of memory; lower"),
+    ]:
+        left[0] = 3
+        monkeypatch.setattr(tasks, "sinusoid", partial(failing, error=error))
+        assert command(QUICK, "--save a.npz") == 1
+        (message,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("maml.py")]
+        assert line in message and int(arrays("a.npz")["iteration"]) == 3
+        os.unlink("a.npz")
 
 
 def test_evaluation_may_fine_tune_at_another_rate_and_says_what_diverged(glyphs, capsys):
@@ -1220,7 +1265,7 @@ def files(tmp_path_factory, omniglot):
     cli.save_weights(str(folder / "cheetah.npz"), cheetah.settings, cheetah.start().theta, 0)
     (folder / "glyphs").symlink_to(omniglot)
     unpacked(folder / "photographs", {f"{split}/a/{i}.png": b"" for split in SPLITS for i in range(16)})
-    unpacked(folder, {"own/third/notes.txt": b"", "afile": b"mine", "empty": b""})
+    unpacked(folder, {"own/third/notes.txt": b"", "afile": b"mine", "empty": b"", "lone.best.npz": b""})
     unpacked(folder, {"cut.npz": good.read_bytes()[:-300]})
     os.mkfifo(folder / "fifo")
     np.savez(folder / "other.npz", weights=np.ones(3))
@@ -1306,12 +1351,21 @@ BAD = {
         ("--task sinusoid --log /dev/null", "/dev/null: cannot write there .is no regular file"),
         ("--task sinusoid --results fifo", "fifo: cannot write there .is no regular file"),
         ("--task sinusoid --save x.npz --results x.npz", "--save and --results are both x.npz"),
+        ("--task sinusoid --save x.npz --log x.best.npz", "--save and --log are both x.best.npz"),
+        ("--task sinusoid --save lone.npz", "there is a file lone.best.npz"),
+        ("--task sinusoid --save glyphs/", "glyphs/: cannot write there .is a folder"),
+        ("--task sinusoid --save x/", "x/: cannot write there .is a folder"),
+        (f"--task sinusoid --log {'x' * 240}", "cannot write there .File name too long"),
+        ("--task sinusoid --save=", "--save.*invalid name value"),
+        ("--task sinusoid --iterations 3000000000", "--iterations.*1 to 2147483647"),
+        ("--evaluate good.npz --data glyphs", "--data is for images"),
         ("--task sinusoid --log x.csv --results ./x.csv", "are both ./x.csv"),
     ],
     rl: [
         ("--task ant-vel", r'pip install "gymnasium\[mujoco\]"$'),
         ("--task sinusoid", "python maml.py --task sinusoid"),
         ("--task navigation --order 3", "--order"),
+        ("--task navigation --first-order --order 2", "--order: not allowed with argument --first-order"),
         ("--task navigation --alpha -1", "--alpha"),
         ("--task navigation --trajectories 0", "--trajectories"),
         ("--task navigation --discount 2", "share .0 to 1.*2"),
@@ -1401,10 +1455,14 @@ def test_scripts_of_assets_draw_pictures(folder, monkeypatch):
     Path("assets").mkdir()
     idea.main()
     Path("a.csv").write_text("iteration,loss,before,after\n500,1.5,0.2,0.3\n")
-    curves.main("assets/curves.png", "a.csv=0.487", *4 * ["a.csv"])
+    curves.main("assets/curves.png", *5 * ["a.csv"])
+    assert curves.published(HERE / "assets/weights/cheetah-dir.npz") == ("293.2", 1)
+    assert curves.published(HERE / "assets/weights/omniglot-5way-1shot.npz") == ("98.7 ± 0.4", 100)
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in Path("assets").iterdir())
-    with pytest.raises(OSError, match="none.csv"):
-        curves.main("b.png", "none.csv")
+    for log, reason in {"none.csv": "No such file", "torn.csv": "damaged"}.items():
+        Path("torn.csv").write_text("iteration,loss,before,after\n500,1,2\n")
+        with pytest.raises(cli.Unusable, match=f"{log}: .*{reason}"):
+            curves.main("b.png", log)
 
 
 def test_short_training_learns_to_adapt(folder):
@@ -1461,6 +1519,8 @@ def test_ones_own_images_are_classified(glyphs, capsys):
     assert head == ["class", "probability", "query,", "by", "maml"]
     assert [(label, file) for label, _, file in lines] == [("bar", "own/2.jpg"), ("ring", "own/query/3.png")]
     assert all(float(probability) > 0.6 for _, probability, _ in lines)
+    assert command(GLYPHS, "--net mlp --ways 2 --iterations 1 --save b.npz") == 0
+    assert command("--evaluate b.npz --adapt own") == 0
 
 
 def test_short_navigation_training_learns_to_adapt(folder, capsys):
@@ -1640,7 +1700,7 @@ if "MAML_AUTHORS" in os.environ:  # MAML_AUTHORS=authors.npy MAML_DATA=FOLDER, w
 
     def test_the_authors_weights_reach_what_they_reached_elsewhere(folder):
         """The paper has 48.7 after 10 steps, another user of the weights 46.9: 200 tasks stray by 3.2."""
-        assert assets.authors.main(os.environ["MAML_AUTHORS"], "a.npz") == 0
+        assets.authors.main(os.environ["MAML_AUTHORS"], "a.npz")
         data = ["--data", Path(os.environ["MAML_DATA"])]
         assert command("--evaluate a.npz --eval-tasks 200 --results r.csv", *data) == 0
         after = [float(row["mean"]) for row in rows_of("r.csv")]
@@ -1694,7 +1754,12 @@ def alive(pid):
 @pytest.mark.parametrize(
     "words, until, code, line",
     [
-        ("--evaluate a.npz --eval-tasks 300000", "evaluating", 130, "no table; --evaluate makes it again"),
+        (
+            "--evaluate a.npz --eval-tasks 300000",
+            "evaluating",
+            130,
+            "interrupted: --evaluate makes the table",
+        ),
         (WORKERS, "workers", 130, "maml.py: interrupted"),
         (WORKERS, "b.npz", 1, "maml.py: a worker was lost; --resume goes on"),
     ],

@@ -5,6 +5,7 @@ IN.npy: float32 [32645], their published checkpoint's arrays in the order of the
 convolutions' biases, which batch norm cancels.
 """
 
+import os
 import sys
 
 import numpy as np
@@ -14,22 +15,19 @@ import maml
 import tasks
 
 
-def main(*paths):
-    """-> exit code."""
+def main(given=None, made=None):
+    if not made or os.path.exists(made):
+        raise cli.Unusable("name the weights, and a model that is not there yet: IN.npy OUT.npz")
     try:
-        given, made = paths
         theta = np.asarray(np.load(given))
         settings = maml.settings_of(maml.build_parser().parse_args(["--task", "miniimagenet"]))
         size = maml.experiment_of(settings).network.size
         if (theta.shape, theta.dtype) != ((size,), np.float32):
             raise ValueError(f"{given} is {theta.dtype} {theta.shape}; expected float32 ({size},)")
-        cli.save_weights(made, settings, theta, 60_000)
-        return 0
     except Exception as error:  # whatever the bytes hold
-        text = tasks.one_line(error) if len(paths) == 2 else "name the weights and the model: IN.npy OUT.npz"
-    cli.tell(f"authors.py: {text}")
-    return 2
+        raise cli.Unusable(tasks.one_line(error))
+    cli.save_weights(made, settings, theta, 60_000)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(cli.guarded("authors.py", lambda: main(*sys.argv[1:])))

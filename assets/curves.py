@@ -1,45 +1,54 @@
 # SPDX-License-Identifier: MIT
-"""Learning curves of runs, from their --log files: python -m assets.curves FILE.png LOG.csv[=PAPER] ...
+"""Learning curves of runs, from their --log files: python -m assets.curves FILE.png NAME-log.csv ...
 
-Before and after adaptation, of images on validation tasks, of reinforcement learning on the meta-batch; PAPER
-is a published figure, in the unit of the log (accuracy: 0.487), as a line.
+Before and after the training's inner steps: of images the accuracy on validation tasks, of reinforcement
+learning the return on each meta-batch. Where NAME.npz is beside its log, a line is the published test figure.
 """
 
-import os
 import sys
+from pathlib import Path
 
 import cli
 import maml
+import tasks
+from assets import tables
 
 
-def plot_curves(canvas, runs):
-    """A panel for each {log: the paper's figure as a text, or nothing}."""
-    grid = canvas.subplots(-(-len(runs) // 3), min(len(runs), 3), squeeze=False).ravel()
-    for axes, (log, figure) in zip(grid, runs.items()):
+def plot_curves(canvas, logs):
+    """A panel for each log."""
+    grid = canvas.subplots(-(-len(logs) // 3), min(len(logs), 3), squeeze=False).ravel()
+    for axes, log in zip(grid, map(Path, logs)):
+        name = log.stem.removesuffix("-log")
+        figure, scale = published(log.with_name(f"{name}.npz"))
         if figure:
-            axes.axhline(float(figure), color=maml.RED, lw=1, ls="--", label="the paper's figure")
-        maml.learning(axes, log)
-        name = os.path.splitext(os.path.basename(log))[0].removesuffix("-log")
+            axes.axhline(float(figure.split()[0]), color=maml.RED, lw=1, ls="--", label="published, test")
+        try:
+            maml.learning(axes, log, scale)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise cli.Unusable(f"{log}: no --log of this project, or damaged ({tasks.one_line(error)})")
         axes.set_title(name, loc="left", fontsize=10)
     lines = {name: line for axes in grid for line, name in zip(*axes.get_legend_handles_labels())}
     canvas.legend(lines.values(), lines, ncols=3, loc="outside lower center", frameon=False)
-    for axes in grid[len(runs) :]:
+    for axes in grid[len(logs) :]:
         axes.set_axis_off()
 
 
-def main(path, *logs):
-    runs = {log: figure for log, _, figure in (word.partition("=") for word in logs)}
-    canvas = cli.canvas_of(9, 0.4 + 2.5 * -(-len(runs) // 3))
-    plot_curves(canvas, runs)
+def published(weights):
+    """The published figure of a model as a text, after one step where there are several; and its scale."""
+    if not weights.exists():
+        return None, 1
+    _, _, experiment, _, shots = tables.loaded(weights)
+    figures = experiment.published(shots)
+    return figures.get(1) or "".join([*figures.values()][-1:]), experiment.scale
+
+
+def main(path=None, *logs):
+    if not logs:
+        raise cli.Unusable("name a picture and the --log files: FILE.png NAME-log.csv ...")
+    canvas = cli.canvas_of(9, 0.4 + 2.5 * -(-len(logs) // 3))
+    plot_curves(canvas, logs)
     cli.save_picture(path, canvas)
 
 
 if __name__ == "__main__":
-    try:
-        if len(sys.argv) < 3:
-            raise ValueError("name a picture and the --log files: FILE.png LOG.csv[=PAPER] ...")
-        main(*sys.argv[1:])
-    except (cli.Unusable, OSError, ValueError, KeyError) as error:
-        text = f"a log has no column {error}" if isinstance(error, KeyError) else error
-        cli.tell(f"curves.py: {text}")
-        sys.exit(2)
+    sys.exit(cli.guarded("curves.py", lambda: main(*sys.argv[1:])))

@@ -7,6 +7,7 @@ half a disc; a network stands at the sinusoid nearest to its output.
 """
 
 import sys
+from collections import deque
 from functools import partial
 
 import numpy as np
@@ -25,8 +26,8 @@ def trained(outer_gradient):
     """theta [P] after ITERATIONS meta-iterations."""
     rng, sample = np.random.default_rng(0), partial(tasks.sinusoid, shots=SHOTS, query_shots=SHOTS)
     step = partial(maml.adam_step, outer_gradient=outer_gradient, sample=sample, tasks=25, beta=0.001)
-    *_, (state, _) = maml.train(step, maml.State.start(NETWORK.init(rng)), rng, ITERATIONS)
-    return state.theta
+    states = (state for state, _ in maml.train(step, maml.State.start(NETWORK.init(rng)), rng, ITERATIONS))
+    return deque(states, maxlen=1)[0].theta
 
 
 def nearest_sinusoids(theta):
@@ -72,8 +73,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (cli.Unusable, OSError) as error:
-        cli.tell(f"idea.py: {error}")
-        sys.exit(2)
+    sys.exit(cli.guarded("idea.py", main))

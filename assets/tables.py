@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The README's tables, of the models in assets/weights and of the sinusoids: python -m assets.tables
 
-Beside NAME.npz stand the --results of its evaluation, NAME.csv, and of 2,400 tasks, NAME-2400.csv. From
---results named METHOD-SEED.csv, where such are given, assets/sinusoid.csv is made anew.
+Beside NAME.npz stand the --results of its evaluation, NAME.csv, and of 2,400 tasks, NAME-2400.csv. Where the
+--results of all methods and baselines are given, METHOD-SEED.csv, assets/sinusoid.csv is made of them anew.
 """
 
 import csv
@@ -15,6 +15,7 @@ import numpy as np
 import cli
 import maml
 import rl
+import tasks
 
 WEIGHTS, SINUSOIDS = (Path(__file__).with_name(name) for name in ("weights", "sinusoid.csv"))
 SHOWN = (5, 0), (5, 1), (5, 5), (5, 10), (10, 1), (10, 10), (20, 1), (20, 10)  # K, gradient steps
@@ -31,15 +32,20 @@ def results(path):
     }
 
 
-def row(weights):
-    """A model's line of the table."""
+def loaded(weights):
+    """A model -> settings, State, experiment, `results`, and K: the published one where there is one."""
     with np.load(weights) as arrays:
         task = json.loads(str(arrays["settings"]))["task"]
     module = rl if task in rl.TASKS else maml
     settings, state, *_ = cli.load_checkpoint(str(weights), module)
-    experiment = module.experiment_of(settings)
-    found = results(weights.with_suffix(".csv"))
+    experiment, found = module.experiment_of(settings), results(weights.with_suffix(".csv"))
     shots = next((k for k, _ in found if experiment.published(k)), min(found)[0])
+    return settings, state, experiment, found, shots
+
+
+def row(weights):
+    """A model's line of the table."""
+    settings, state, experiment, found, shots = loaded(weights)
     paper = experiment.published(shots)
     steps = list(paper) or [step for k, step in found if k == shots]
     more = weights.with_name(f"{weights.stem}-2400.csv")
@@ -60,12 +66,18 @@ def row(weights):
 
 def joined(paths):
     """The rows of METHOD-SEED.csv files as one table, with the seed in front."""
-    tables = {}
+    tables, methods = {}, [m for m in maml.METHODS + maml.BASELINES if m != "nearest"]
     for path in map(Path, paths):
-        head, *lines = path.read_text().splitlines()
+        try:
+            head, *lines = path.read_text().splitlines() or [""]
+        except (OSError, ValueError) as error:
+            raise cli.Unusable(f"{path}: {tasks.one_line(error)}")
         method, _, seed = path.stem.rpartition("-")
-        tables[(maml.METHODS + maml.BASELINES).index(method), seed] = [f"{seed},{line}" for line in lines]
-    return "\n".join([f"seed,{head}", *(line for key in sorted(tables) for line in tables[key]), ""])
+        tables[method, seed] = [f"{seed},{line}" for line in lines if line.startswith(f"sinusoid,{method},")]
+    if {method for method, _ in tables} != set(methods) or len({*map(len, tables.values())} - {0}) != 1:
+        raise cli.Unusable(f"name METHOD-SEED.csv files of {', '.join(methods)}, all with one shape of table")
+    order = sorted(tables, key=lambda key: (methods.index(key[0]), key[1]))
+    return "\n".join([f"seed,{head}", *(line for key in order for line in tables[key]), ""])
 
 
 def sinusoid_rows():
@@ -77,10 +89,11 @@ def sinusoid_rows():
         for at in SHOWN:
             some = [r for r in rows if r["method"] == method and (int(r["shots"]), int(r["step"])) == at]
             means, diverged = [float(r["mean"]) for r in some], sum(int(r["diverged"]) for r in some)
-            mean = sum(means) / len(means)
-            digits = 2 if mean >= 0.1 else 3
+            mean, median = np.mean(means), np.mean([float(r["median"]) for r in some])
+            digits = 2 if (median if diverged else mean) >= 0.1 else 3
             low, high = (f"{end(means):.{digits}f}" for end in (min, max))
-            cells.append(f"{diverged} diverged" if diverged else f"{mean:.{digits}f} ({low} to {high})")
+            text = f"median {median:.{digits}f}, " if median < maml.DIVERGED else ""
+            cells.append(f"{text}{diverged} diverged" if diverged else f"{mean:.{digits}f} ({low} to {high})")
         yield f"| {' | '.join(cells)} |"
 
 
@@ -97,9 +110,14 @@ def settings_rows(module):
         yield f"| `{task}` | {' | '.join(values)} |"
 
 
-if __name__ == "__main__":
-    if sys.argv[1:]:
+def main(*paths):
+    if paths:
+        table = joined(paths).encode()
         with cli.writing(SINUSOIDS) as file:
-            file.write(joined(sys.argv[1:]).encode())
-    print(*map(row, sorted(WEIGHTS.glob("*.npz"))), "", *sinusoid_rows(), sep="\n")
-    print("", *settings_rows(maml), "", *settings_rows(rl), sep="\n")
+            file.write(table)
+    lines = [*map(row, sorted(WEIGHTS.glob("*.npz"))), "", *sinusoid_rows(), ""]
+    cli.tell("\n".join([*lines, *settings_rows(maml), "", *settings_rows(rl)]), to="stdout")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded("tables.py", lambda: main(*sys.argv[1:])))
