@@ -490,12 +490,10 @@ def locomotion(task):
 
 def main(name="", *_):
     parts = {"": sinusoids, "images": images, "memory": memory, "rl": reinforcement, "scaling": scaling}
-    if name in ("-h", "--help"):
-        print(__doc__)
-    elif name not in parts:
+    known = parts | dict.fromkeys(("-h", "--help"), partial(print, __doc__))
+    if name not in known:
         raise cli.Unusable(f"{name!r} is none of {', '.join(parts)[2:]}; see --help")
-    else:
-        parts[name]()
+    known[name]()
 
 
 if __name__ == "__main__":
