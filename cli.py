@@ -36,7 +36,6 @@ COMMANDS = {
 }
 UNTRAINED = ("random", "nearest")
 FLOATS = ("float32", "float64")
-KEPT = ("data", "log", "results", "plot", "scheduler")  # flags to give again, as no checkpoint has them
 
 
 class Unusable(Exception):
@@ -452,8 +451,7 @@ def check_agreement(args, settings, path, free):
 def meta_train(experiment, state, best, rng, args, module):
     """`train` with checkpoints, learning curve, progress and Ctrl-C: -> what was learned.
 
-    Where validation selects, that is what was best on it, kept beside --save in FILE.best.npz.
-    KeyboardInterrupt, FloatingPointError: what is kept, and how to go on.
+    Where validation selects, that is what was best on it, kept in FILE.best.npz. Errors say what is kept.
     """
     save, final, iterations = args.save or args.resume, best, iterations_of(experiment.settings)
     log = args.log and Log(args.log, experiment.columns, state.iteration, experiment.log_every)
@@ -464,8 +462,8 @@ def meta_train(experiment, state, best, rng, args, module):
         try:
             run = module.train(experiment.step, state, rng, iterations, experiment.map)
             for state, outcome in run:
-                i, last = state.iteration, state.iteration == iterations
-                stopping = asked.is_set()  # read once: it may change at any line below
+                i, stopping = state.iteration, asked.is_set()  # read once: it may change below
+                last = i == iterations
                 if i % experiment.log_every == 0 or last:
                     row, progress.text, best, final = measured(experiment, state, outcome, last, best, final)
                     if log:
@@ -476,10 +474,7 @@ def meta_train(experiment, state, best, rng, args, module):
                     save_checkpoint(save, experiment.settings, state, best, rng)
                 progress.show(i, last, outcome)
                 if stopping:
-                    given = {"evaluate" if last else "resume": save}
-                    given |= {flag: getattr(args, flag) for flag in KEPT if flag != "log" or not last}
-                    words = shlex.join(word for k, v in given.items() if v for word in (f"--{k}", v))
-                    hint = f"saved; go on with {words}" if save else "nothing was saved (no --save)"
+                    hint = f"saved; {way_on(args, save, last)}" if save else "nothing was saved (no --save)"
                     raise KeyboardInterrupt(f"interrupted at iteration {i}: {hint}")
         except (FloatingPointError, OSError) as error:
             kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
@@ -493,6 +488,14 @@ def meta_train(experiment, state, best, rng, args, module):
     elif iterations:
         tell("the model is not kept: --save FILE.npz keeps it")
     return final.theta if experiment.keeps_best and iterations else state.theta
+
+
+def way_on(args, save, last):
+    """The flags that go on with a run that was interrupted, with those which no checkpoint has."""
+    again = {"evaluate" if last else "resume": save, "log": None if last else args.log}
+    again |= {flag: getattr(args, flag) for flag in ("data", "results", "plot", "scheduler")}
+    words = [word for flag, value in again.items() if value for word in (f"--{flag}", value)]
+    return f"go on with {shlex.join(words)}"
 
 
 def measured(experiment, state, outcome, last, best, final):
