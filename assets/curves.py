@@ -16,7 +16,7 @@ from assets import tables
 
 def plot_curves(canvas, logs):
     """A panel for each log."""
-    grid = canvas.subplots(-(-len(logs) // 3), min(len(logs), 3), squeeze=False).ravel()
+    grid = canvas.subplots(-(-len(logs) // 4), min(len(logs), 4), squeeze=False).ravel()
     for axes, log in zip(grid, map(Path, logs)):
         name = log.stem.removesuffix("-log")
         figure, scale = published(log.with_name(f"{name}.npz"))
@@ -45,7 +45,7 @@ def published(weights):
 def main(path=None, *logs):
     if not logs:
         raise cli.Unusable("name a picture and the --log files: FILE.png NAME-log.csv ...")
-    canvas = cli.canvas_of(9, 0.4 + 2.5 * -(-len(logs) // 3))
+    canvas = cli.canvas_of(11, 0.4 + 2.5 * -(-len(logs) // 4))
     plot_curves(canvas, logs)
     cli.save_picture(path, canvas)
 
