@@ -737,7 +737,7 @@ def plot_bodies(canvas, experiment, learned):
     environment = environment_of(s, goals, 1)
     what = {"dir": "direction", "vel": "velocity"}[environment.kind]
     for i, color in enumerate(("#0072b2", "#d55e00")):
-        shown.append((f"{name}, {what} {goals[i]:+.2g}", color, after, i))
+        shown.append((f"{name}, {what} {goals[i].round(1):+g}", color, after, i))
     moments, axes = np.ceil(np.arange(1, 5) * s["horizon"] / 4).astype(int), canvas.subplots()
     for label, color, episodes, task in shown:
         for row, t in enumerate(np.minimum(moments, int(episodes.mask[task, 0].sum()))):
