@@ -68,8 +68,8 @@ whole = number(int, 0, "whole number (0 or more)")
 rate = number(float, 0, "rate (finite, 0 or more)")
 
 
-def name(text):
-    """A flag's kind: a name, which an unset variable of a shell is not."""
+def nonempty(text):
+    """A flag's kind: some text, which an unset variable of a shell is not."""
     if not text:
         raise ValueError
     return text
@@ -168,7 +168,7 @@ def parser_of(module, what, first_order, workers):
         home.add_argument(row.flag, help=f"{row.meaning} (default: {row.shown()})", **kind)
     who.add_argument("--workers", type=count, metavar="N", help=f"processes that {workers}")
     text = "Dask scheduler whose workers do, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])"
-    who.add_argument("--scheduler", type=name, metavar="ADDRESS", help=text)
+    who.add_argument("--scheduler", type=nonempty, metavar="ADDRESS", help=text)
     experiment = module.Experiment
     saved, logged = experiment.save_every, experiment.log_every
     files = {
@@ -180,9 +180,9 @@ def parser_of(module, what, first_order, workers):
     }
     kinds = {"log": "csv", "results": "csv", "plot": "png"}
     for flag, text in files.items():
-        parser.add_argument(f"--{flag}", type=name, metavar=f"FILE.{kinds.get(flag, 'npz')}", help=text)
+        parser.add_argument(f"--{flag}", type=nonempty, metavar=f"FILE.{kinds.get(flag, 'npz')}", help=text)
     text = "train nothing, evaluate these checkpoints; --alpha may be given to fine-tune at another rate"
-    parser.add_argument("--evaluate", type=name, metavar="FILE.npz", nargs="+", help=text)
+    parser.add_argument("--evaluate", type=nonempty, metavar="FILE.npz", nargs="+", help=text)
     parser.set_defaults(data=None, adapt=None)  # which one command has alone
     return parser
 

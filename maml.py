@@ -398,9 +398,9 @@ def build_parser():
     workers = "compute the parcels of an image meta-batch (default: a thread for each core)"
     parser = cli.parser_of(sys.modules[__name__], "Model-Agnostic Meta-Learning", first_order, workers)
     what = "of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)"
-    parser.add_argument("--data", type=cli.name, metavar="FOLDER", help=what)
+    parser.add_argument("--data", type=cli.nonempty, metavar="FOLDER", help=what)
     what = "with --evaluate: a folder of support images per class, and the images to classify beside these"
-    parser.add_argument("--adapt", type=cli.name, metavar="FOLDER", help=what)
+    parser.add_argument("--adapt", type=cli.nonempty, metavar="FOLDER", help=what)
     return parser
 
 

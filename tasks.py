@@ -295,8 +295,8 @@ def load_miniimagenet(path):
     path: the folder of train/, val/ and test/, each a folder per class of JPEGs or PNGs of any size
     (64, 16 and 20 classes of 600). images: uint8 [classes, images of a class, 84, 84, 3], memory-mapped,
     resized as the authors did: Lanczos, straight to 84x84, the aspect not kept. A split's classes are cut
-    to its smallest one's number of images, which is said on stderr. Decoded
-    once by Pillow, into `path`/miniimagenet-train.npy and so on, or ~/.cache/maml.
+    to its smallest one's number of images, which is said on stderr. Decoded once by Pillow, into
+    `path`/miniimagenet-train.npy and so on, or ~/.cache/maml.
     """
     return {split: _photos(Path(path), split) for split in ("train", "val", "test")}
 

@@ -1340,7 +1340,7 @@ BAD = {
         ("--task sinusoid --save glyphs/", "glyphs/: cannot write there .is a folder"),
         ("--task sinusoid --save x/", "x/: cannot write there .is a folder"),
         (f"--task sinusoid --log {'x' * 240}", "cannot write there .File name too long"),
-        ("--task sinusoid --save=", "--save.*invalid name value"),
+        ("--task sinusoid --save=", "--save.*invalid nonempty value"),
         ("--task sinusoid --iterations 3000000000", "--iterations.*1 to 2147483647"),
         ("--evaluate good.npz --data glyphs", "--data is for images"),
         ("--task sinusoid --log x.csv --results ./x.csv", "are both ./x.csv"),
