@@ -315,7 +315,7 @@ def images():
         check(meta_gradient_sides(two, two.start().theta), 1e-8)
         experiment = image_experiment(words)
         sides = meta_gradient_sides(experiment, experiment.start().theta)
-        row(words, meta_gradient_limit(experiment, cli.cores()), sides, columns, blocks=3)
+        row(words, meta_gradient_limit(experiment, cli.cores()), sides, columns, seconds=1, blocks=3)
 
 
 def memory():
@@ -449,8 +449,8 @@ def scaling():
     header(("one core",))
     omniglot, mini = (image_experiment(f"--task {task}") for task in ("omniglot", "miniimagenet"))
     gradient, mini_gradient = (partial(mean_gradient, one, one.start().theta) for one in (omniglot, mini))
-    speed_up("Omniglot 5-way, threads", gradient, omniglot.map)
-    seconds = speed_up("MiniImagenet 5-way, threads", mini_gradient, mini.map) / mini.settings["meta_batch"]
+    speed_up("Omniglot 5-way, processes", gradient, omniglot.map)
+    seconds = speed_up("MiniImagenet 5-way, processes", mini_gradient, mini.map) / mini.settings["meta_batch"]
     models = {"MiniImagenet": (seconds, 2 * 4 * mini.network.size)}
     navigation = experiment_of(rl, "--task navigation")
 
@@ -462,7 +462,7 @@ def scaling():
     for task in ("cheetah-dir", "ant-dir") if find_spec("mujoco") and find_spec("gymnasium") else ():
         models[task] = locomotion(task)
     with cli.process_pool(1) as pool:
-        alone = partial(cli.pool_map, pool, 1)
+        alone = partial(cli.pool_map, pool)
         speed_up("Omniglot 5-way, through one worker", gradient, alone)
         arrays = np.zeros(1 << 10, np.float32), np.zeros(1 << 22, np.float32)
         sides = {array.nbytes: lambda array=array: [*alone(np.asarray, [array])] for array in arrays}

@@ -587,7 +587,7 @@ def workers_of(args, module):
     """The map that --workers or --scheduler asks for, or None; closed at the end."""
     if args.workers:
         with process_pool(args.workers) as pool:
-            yield partial(pool_map, pool, args.workers)
+            yield partial(pool_map, pool)
     elif args.scheduler:
         with dask_client(args.scheduler, module) as client:
             yield partial(_dask_map, client)
@@ -610,6 +610,12 @@ def threads():
     return ThreadPoolExecutor(cores(), initializer=partial(np.seterr, all="ignore")).map
 
 
+@cache
+def processes():
+    """map on a process for each core: threads would wait for each other's share of Python's lock."""
+    return partial(pool_map, process_pool(cores())) if cores() > 1 else map
+
+
 def process_pool(workers):
     """An executor of so many processes, with a BLAS thread each; Ctrl-C is their parent's to answer."""
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
@@ -627,12 +633,11 @@ def _die_with_parent():
     os._exit(1)
 
 
-def pool_map(pool, workers, function, *columns):
-    """pool.map with one parcel a worker, so that theta travels once to each."""
-    columns = [list(column) for column in columns]
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what starts now is born with it
+def pool_map(pool, function, *columns):
+    """pool.map, whose new workers are born deaf to Ctrl-C."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.map(function, *columns, chunksize=-(-len(columns[0]) // workers))
+        return pool.map(function, *columns)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
@@ -676,7 +681,7 @@ def one_blas_thread():
 
     A task's products are too small to share between cores, and where another process has one of the cores
     OpenBLAS's threads wait for each other up to 50 times as long as a single thread needs. What runs in
-    parallel is parcels of tasks, on threads; memory that glibc returned to the system, as it does with a
+    parallel is parcels of tasks; memory that glibc returned to the system, as it does with a
     thread's own heap when that is empty and with every large array, took a third of TRPO's time to fault in.
     """
     library = ctypes.CDLL(np.linalg._umath_linalg.__file__)

@@ -395,7 +395,7 @@ def settings_of(args):
 def build_parser():
     """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
     first_order = {"dest": "method", "const": "fomaml", "help": "--method fomaml"}
-    workers = "compute the parcels of an image meta-batch (default: a thread for each core)"
+    workers = "compute the parcels of an image meta-batch (default: one for each core)"
     parser = cli.parser_of(sys.modules[__name__], "Model-Agnostic Meta-Learning", first_order, workers)
     what = "of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)"
     parser.add_argument("--data", type=cli.nonempty, metavar="FOLDER", help=what)
@@ -581,7 +581,7 @@ class ImageExperiment(Experiment):
         self.parcel = 1 if mini or ways > 10 else max(1, 8 // settings["shots"])
         if settings["steps"] > KEPT_STEPS[settings["task"]]:
             self.meta_gradient = partial(meta_gradient_recomputed, kept=KEPT_STEPS[settings["task"]])
-        self.map = cli.threads()
+        self.map = cli.processes()
         if mini:  # the authors clip to ±10 a loss that is ways · query / shots times the mean
             self.clip = 10 * settings["shots"] / (ways * settings["query"])
 

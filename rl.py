@@ -19,7 +19,7 @@ F_i the Fisher matrix of the adapted policy: exact, with no third derivative, as
 import os
 import sys
 import time
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import autograd.numpy as anp
@@ -563,12 +563,6 @@ def returns_along(*given):
     return np.stack([episodes.returns() for episodes, _ in adaptation(*given)]).astype(float)
 
 
-@cache
-def processes():
-    """map on a process for each core: threads would wait for Python's lock between calls into MuJoCo."""
-    return partial(cli.pool_map, cli.process_pool(cli.cores()), cli.cores())
-
-
 class Experiment:
     """A distribution of goals, its environment and policy, and the method that learns it, by name."""
 
@@ -585,7 +579,7 @@ class Experiment:
         inputs += goal * (self.method == "oracle")
         self.policy = gaussian_policy(inputs, actions, (settings["hidden"],) * 2)
         self.loss = nets.Loss(self.policy, PolicyGradient())
-        self.map = map if settings["task"] == "navigation" else processes()
+        self.map = map if settings["task"] == "navigation" else cli.processes()
         self.picture = "paths" if settings["task"] == "navigation" else "body"
 
     def open(self, data, asked):

@@ -136,7 +136,7 @@ class Split:
     """
 
     def __init__(self, file, start, stop):
-        self.file, self.start, self.stop = str(file), start, stop
+        self.file, self.start, self.stop = os.path.abspath(file), start, stop
         images = np.asarray(self)
         self.shape, self.dtype = images.shape, images.dtype
 
