@@ -80,7 +80,7 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
     total = v.sum(axis=0)
     for product in trail[:1]:  # at the theta that all tasks share their products are wanted in sum
         total -= product(alpha * v, total=True)
-    return value.mean(), total / len(v)
+    return value.sum() / len(v), total / len(v)
 
 
 def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
@@ -188,7 +188,7 @@ def _checked(theta, support, alpha, steps, order=2):
         raise ValueError(f"steps = {steps}; expected an integer, 0 or more")
     if order not in (1, 2):
         raise ValueError(f"order = {order}; expected 1 or 2")
-    if anp.ndim(alpha) == 0:
+    if np.ndim(alpha) == 0:
         return float(alpha) if isinstance(alpha, (int, float, np.generic, np.ndarray)) else alpha
     found = getattr(alpha, "dtype", type(alpha).__name__), getattr(alpha, "shape", ())
     if found != (theta.dtype, theta.shape[-1:]):

@@ -199,14 +199,17 @@ def _times(a, w):
         return a * w
     if w.ndim == 3:
         return a @ w
-    return (a.reshape(-1, a.shape[-1]) @ w).reshape(a.shape[:-1] + w.shape[-1:])
+    return (_flat(a) @ w).reshape(a.shape[:-1] + w.shape[-1:])
 
 
 def _transposed_times(a, u, out):
     """aᵀ u: a [T, m, in], u [T, m, out] -> [T, in, out], or its sum over tasks where out is [in, out]."""
-    if out.ndim == 2:
-        a, u = (array.reshape(-1, array.shape[-1]) for array in (a, u))
-    return np.matmul(a.mT, u, out=out)
+    return np.matmul(_flat(a).T, _flat(u), out=out) if out.ndim == 2 else np.matmul(a.mT, u, out=out)
+
+
+def _flat(x):
+    """x [..., c] -> [m, c]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _append_one(x):
