@@ -172,7 +172,7 @@ def parser_of(module, what, first_order, workers):
     experiment = module.Experiment
     saved, logged = experiment.save_every, experiment.log_every
     files = {
-        "save": f"checkpoint, every {saved} meta-iterations, on Ctrl-C and at the end",
+        "save": f"checkpoint, at least every {saved} meta-iterations, on Ctrl-C and at the end",
         "resume": "go on from this checkpoint, to the bits of an unbroken run; saves to it, or to --save",
         "log": f"learning curve, every {logged} meta-iterations: {', '.join(experiment.columns)}",
         "results": "the final table",
@@ -612,7 +612,7 @@ def threads():
 
 @cache
 def processes():
-    """map on a process for each core: threads would wait for each other's share of Python's lock."""
+    """map on a process for each core: threads would wait for each other at Python's lock."""
     return partial(pool_map, process_pool(cores())) if cores() > 1 else map
 
 
