@@ -612,7 +612,7 @@ def threads():
 
 @cache
 def processes():
-    """map on a process for each core: threads would wait for each other at Python's lock."""
+    """map on a process for each core, where there are several: threads would wait at Python's lock."""
     return partial(pool_map, process_pool(cores())) if cores() > 1 else map
 
 
@@ -681,8 +681,8 @@ def one_blas_thread():
 
     A task's products are too small to share between cores, and where another process has one of the cores
     OpenBLAS's threads wait for each other up to 50 times as long as a single thread needs. What runs in
-    parallel is parcels of tasks; memory that glibc returned to the system, as it does with a
-    thread's own heap when that is empty and with every large array, took a third of TRPO's time to fault in.
+    parallel is parcels of tasks; memory that glibc returned to the system, as it does with a thread's own
+    heap when that is empty and with every large array, took a third of TRPO's time to fault in.
     """
     library = ctypes.CDLL(np.linalg._umath_linalg.__file__)
     if hasattr(library, "scipy_openblas_set_num_threads64_"):

@@ -80,7 +80,7 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
     total = v.sum(axis=0)
     for product in trail[:1]:  # at the theta that all tasks share their products are wanted in sum
         total -= product(alpha * v, total=True)
-    return value.sum() / len(v), total / len(v)
+    return value.mean(), total / len(v)
 
 
 def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
