@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`python bench.py [images | memory | rl | scaling]`: hot paths beside their definitions, PyTorch and JAX.
 
-Without a word the sinusoids. images: convolutional networks; memory: peaks by inner steps; rl: a navigation
+Without an argument: sinusoids. images: convolutional networks; memory: peaks by inner steps; rl: a navigation
 meta-iteration; scaling: all cores against one, and a model of many workers.
 
 JAX and PyTorch are written as their users do: a list of arrays, vmap over tasks, jit or torch.compile, one

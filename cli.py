@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What the commands maml.py and rl.py share: settings, files, a run, workers, the report.
 
-It knows no algorithm. What it runs is an experiment, whose contract `maml.Experiment` states; the module that
-describes a command is said in `main`.
+It knows no algorithm. What it runs is an experiment, whose contract `maml.Experiment` states; what the
+module of a command must have, `main` states.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, name, high=np.inf):
-    """A flag's kind: a finite number from `low` to `high`, which an error calls by name."""
+    """A flag's kind: a finite number from `low` to `high`; errors call it `name`."""
 
     def parse(text):
         value = kind(text)
@@ -78,7 +78,7 @@ def nonempty(text):
 class Setting(NamedTuple):
     """A row of a table of settings: --name, what it takes, each task's default (None: it has none), meaning.
 
-    `kind` makes a value of a text, or is a tuple of choices. A default that names another setting is as that.
+    `kind` makes a value of a text, or is a tuple of choices. A default that names a setting takes its value.
     """
 
     name: str
@@ -144,7 +144,7 @@ def task_name(prog, text):
 
 
 def parser_of(module, what, first_order, workers):
-    """The flags of the command that `module` is: its tables' rows, and what no table has."""
+    """The parser of `module`'s command: a flag for each row of its tables, and those that all have."""
     prog = f"{module.__name__}.py"
     parser = Parser(
         prog=prog, allow_abbrev=False, description=f"{what}: meta-trains, then evaluates on unseen tasks."
@@ -167,15 +167,15 @@ def parser_of(module, what, first_order, workers):
         home = groups.get(row.name, parser)
         home.add_argument(row.flag, help=f"{row.meaning} (default: {row.shown()})", **kind)
     who.add_argument("--workers", type=count, metavar="N", help=f"processes that {workers}")
-    text = "Dask scheduler whose workers do, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])"
+    text = "Dask scheduler whose workers do that, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])"
     who.add_argument("--scheduler", type=nonempty, metavar="ADDRESS", help=text)
     experiment = module.Experiment
     saved, logged = experiment.save_every, experiment.log_every
     files = {
         "save": f"checkpoint, at least every {saved} meta-iterations, on Ctrl-C and at the end",
-        "resume": "go on from this checkpoint, to the bits of an unbroken run; saves to it, or to --save",
+        "resume": "go on from this checkpoint, bit for bit as an unbroken run; saves to it, or to --save",
         "log": f"learning curve, every {logged} meta-iterations: {', '.join(experiment.columns)}",
-        "results": "the final table",
+        "results": "the final table, as CSV",
         "plot": "picture of some test tasks, and the curve against gradient steps (needs matplotlib)",
     }
     kinds = {"log": "csv", "results": "csv", "plot": "png"}
@@ -322,7 +322,7 @@ def words_of(settings, module):
 
 
 class Log:
-    """The learning curve as CSV, a row a write, so that none is torn; it goes on after `iteration`.
+    """The learning curve as CSV, one write per row, so that none is torn; continues after `iteration`.
 
     Of an earlier part of the run the rows are kept that the unbroken run has: one every `every` iterations.
     """
@@ -612,7 +612,7 @@ def threads():
 
 @cache
 def processes():
-    """map on a process for each core, where there are several: threads would wait at Python's lock."""
+    """map on a process for each core, where there are several: threads would wait for Python's lock."""
     return partial(pool_map, process_pool(cores())) if cores() > 1 else map
 
 
@@ -634,7 +634,7 @@ def _die_with_parent():
 
 
 def pool_map(pool, function, *columns):
-    """pool.map, whose new workers are born deaf to Ctrl-C."""
+    """pool.map, whose new workers ignore Ctrl-C from the start."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.map(function, *columns)
@@ -789,7 +789,7 @@ def panel(axes, curves, experiment, **limits):
         diverged = any(row["diverged"] for row in rows)
         middle = np.array([row["median" if diverged else "mean"] for row in rows])
         half = np.array([0 if diverged else row["ci95"] for row in rows])
-        median = f"median {experiment.scale * middle[-1]:.{experiment.digits}f}, as tasks diverge"
+        median = f"median {experiment.scale * middle[-1]:.{experiment.digits}f}"
         name += f": {median if diverged else cell(rows[-1], experiment.scale, experiment.digits)}"
         (line,) = axes.plot(experiment.scale * middle, marker="osv^D*PX"[i % 8], ms=4, lw=1.2, label=name)
         low, high = experiment.scale * (middle - half), experiment.scale * (middle + half)
@@ -801,4 +801,4 @@ def panel(axes, curves, experiment, **limits):
         title += ",\nor the median where tasks diverge"
     axes.set_title(title, loc="left", fontsize=10)
     lines = axes.get_legend_handles_labels()
-    axes.figure.legend(*lines, fontsize=8, loc="outside lower left", frameon=False)
+    axes.figure.legend(*lines, fontsize=9, loc="outside lower left", frameon=False)

@@ -39,12 +39,12 @@ def adapt(loss, theta, support, alpha, steps):
 
 
 def meta_loss(loss, theta, support, query, alpha, steps):
-    """mean over tasks of L(adapt(theta, support); query): the objective of section 2.2, over T."""
+    """Mean over tasks of L(adapt(theta, support); query): the objective of section 2.2, divided by T."""
     return anp.mean(loss(adapt(loss, theta, support, alpha, steps), *query))
 
 
 def meta_gradient_by_definition(loss, theta, support, query, alpha, steps):
-    """∇_theta of `meta_loss`, as in eq. (1), by autograd through the unrolled inner steps: -> value, [P].
+    """∇_theta of `meta_loss`, as in eq. (1), by autograd through the unrolled steps: -> value, gradient [P].
 
     The reference for everything below: it calls the loss alone, none of its closed forms. Its graph
     keeps every intermediate result of every step.
@@ -66,7 +66,7 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
         v_S = ∇L(theta_S; query),    v_s = v_{s+1} - H_s (alpha ⊙ v_{s+1}),    gradient = v_0.
 
     theta [P]; alpha a number or [P]. order=1 drops every H (first-order MAML), and keeps nothing of the
-    steps. Costs steps + 1 gradients and `steps` Hessian-vector products, and keeps of a step theta_s and
+    steps. Costs steps + 1 gradients and `steps` Hessian-vector products; keeps, of each step, theta_s and
     what its product reads.
     """
     alpha = _checked(theta, support, alpha, steps, order)
@@ -84,10 +84,10 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
 
 
 def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
-    """Equals `meta_gradient`, in memory that does not grow with the steps but by their theta_s.
+    """Equals `meta_gradient`, in memory that grows with the steps only by their theta_s.
 
     Of the last `kept` steps it keeps what their products read; of those before them theta_s alone, from which
-    the rest is computed anew: one gradient a step more.
+    the rest is computed again: one more gradient for each of these steps.
     """
     alpha = _checked(theta, support, alpha, steps)
     if kept < 0:
@@ -119,13 +119,13 @@ def expand(loss, theta, x, y):
     """L(theta + v) = value + g·v + v·H v / 2 + ..., per task: -> value [T], g [T, P], v ↦ H v.
 
     loss.expand, or autograd's. The product takes v [T, P] to [T, P], or with total=True to its sum over
-    tasks, [P]. g is new, and the caller's to write into.
+    tasks, [P]. g is a new array, which the caller may overwrite.
     """
     if hasattr(loss, "expand"):
         return loss.expand(theta, x, y)
     theta = _per_task(theta, x)
     product, g = make_hvp(lambda theta: anp.sum(_one_each(loss(theta, x, y), theta)))(theta)
-    # +g: autograd may read its own once more, in the product
+    # +g is a copy: autograd may read its own g again, in the product
     return loss(theta, x, y), +g, lambda v, total=False: product(v).sum(axis=0) if total else product(v)
 
 
@@ -170,7 +170,7 @@ def reptile_gradient(loss, theta, support, query, alpha, steps):
 
 
 def joint_gradient(loss, theta, support, query):
-    """Pretraining on all tasks, the paper's baseline: ∇L(theta; support), as MAML with no inner step."""
+    """Pretraining on all tasks, the paper's baseline: ∇L(theta; support): MAML with no inner step."""
     return meta_gradient(loss, theta, support, support, 0.0, 0)
 
 
@@ -228,10 +228,10 @@ class State(NamedTuple):
 
 
 def adam(state, g, beta, b1=0.9, b2=0.999, eps=1e-8):
-    """theta ← theta - beta sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps): Adam, as TensorFlow has it.
+    """theta ← theta - beta sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps): Adam, as in TensorFlow.
 
-    m ← b1 m + (1 - b1) g, v ← b2 v + (1 - b2) g², t = 1, 2, ...; eps is added after the bias correction
-    is taken out (Kingma & Ba's "epsilon hat"), as in the authors' code.
+    m ← b1 m + (1 - b1) g, v ← b2 v + (1 - b2) g², t = 1, 2, ...; eps is added to the sqrt(v) that is
+    not corrected for bias (Kingma & Ba's "epsilon hat"), as in the authors' code.
     """
     theta, (m, v), t = state
     t += 1
@@ -242,7 +242,7 @@ def adam(state, g, beta, b1=0.9, b2=0.999, eps=1e-8):
 
 
 def train(step, state, rng, iterations, map=map):
-    """Meta-iterations, from state.iteration up to `iterations` in all: yields (state, outcome) of each.
+    """Meta-iterations, from state.iteration up to `iterations` in all: yields (state, outcome) after each.
 
     step(state, rng, map=map) -> state, outcome, e.g. `adam_step` with its settings. FloatingPointError names
     the iteration that failed; the state yielded last is still good. `map` as in `spread`.
@@ -280,8 +280,8 @@ def spread(function, sample, rng, tasks, parcel=None, map=map):
     """[function(support, query) of each parcel of `tasks` tasks], sample(rng, tasks=n) -> support, query.
 
     A parcel is a seed and a count, and whoever computes it draws its tasks: so results do not depend on
-    `map`, which may be any map-like, e.g. an executor's, and no data travel. One parcel alone is drawn from
-    rng itself.
+    `map`, which may be any function like it, e.g. an executor's, and no data travel. A single parcel is
+    drawn from rng itself.
     """
     sizes = parcels(tasks, parcel)
     if len(sizes) == 1:
@@ -291,7 +291,7 @@ def spread(function, sample, rng, tasks, parcel=None, map=map):
 
 
 def parcels(tasks, parcel=None):
-    """How many of `tasks` tasks each parcel has: `parcel`, the last what is left; None: all."""
+    """The number of tasks in each parcel: `parcel`, in the last what is left; None: all in one."""
     parcel = parcel or tasks
     return [min(parcel, tasks - start) for start in range(0, tasks, parcel)]
 
@@ -304,7 +304,7 @@ def on_drawn(function, sample, seed, count):
 def evaluate(loss, theta, sample, rng, tasks, alpha, steps, metric=None, parcel=None, map=map):
     """metric(theta_s; query) after s = 0 ... steps inner steps on the support set: -> [steps + 1, tasks].
 
-    The metric is the loss unless another is given, and is called as it: metric(theta, x, y) -> [T]. sample,
+    The metric is the loss unless another is given, and is called like it: metric(theta, x, y) -> [T]. sample,
     tasks, parcel and map as in `spread`.
     """
     one = partial(curve, loss, theta, alpha=alpha, steps=steps, metric=metric or loss)
@@ -347,25 +347,25 @@ NETS, QUERIES = ("conv", "mlp"), ("together", "alone")
 SETTINGS = cli.table_of(  # what a checkpoint keeps; 20-way, 5-shot and Reptile differ: `conditional_defaults`
     TASKS,
     #                      sinusoid   omniglot   miniimagenet
-    ("ways",       several, None,      5,         5,         "classes N a task"),
-    ("shots",      count,   10,        1,         1,         "support examples K a task (of a class)"),
-    ("query",      count,   10,        "shots",   15,        "query examples, in training"),
-    ("net",        NETS,    None,      "conv",    "conv",    "network of images"),
-    ("filters",    count,   None,      64,        32,        "filters a convolution"),
+    ("ways",       several, None,      5,         5,         "classes per task, N"),
+    ("shots",      count,   10,        1,         1,         "support examples K per task (of a class)"),
+    ("query",      count,   10,        "shots",   15,        "query examples in training, likewise"),
+    ("net",        NETS,    None,      "conv",    "conv",    "network for images"),
+    ("filters",    count,   None,      64,        32,        "filters per convolution"),
     ("steps",      count,   1,         1,         5,         "inner gradient steps in training"),
     ("alpha",      rate,    0.01,      2.0,       0.05,      "inner step size"),
     ("beta",       rate,    0.001,     0.001,     0.001,     "outer step size, Adam's"),
-    ("meta_batch", count,   25,        32,        4,         "tasks a meta-iteration"),
+    ("meta_batch", count,   25,        32,        4,         "tasks per meta-iteration"),
     ("iterations", count,   70_000,    60_000,    60_000,    "meta-iterations in all"),
-    ("seed",       whole,   0,         0,         0,         "of every random draw"),
-    ("dtype",      FLOATS,  "float32", "float32", "float32", "of all arithmetic"),
+    ("seed",       whole,   0,         0,         0,         "seed of every random draw"),
+    ("dtype",      FLOATS,  "float32", "float32", "float32", "number type of all arithmetic"),
 )
 EVALUATION = cli.table_of(  # may differ at every evaluation
     TASKS,
     ("eval_tasks", count, 600,         600,     600,     "unseen tasks for the table"),
-    ("eval_steps", count, 10,          10,      10,      "gradient steps, up to which it goes"),
+    ("eval_steps", count, 10,          10,      10,      "largest number of gradient steps in the table"),
     ("eval_shots", count, (5, 10, 20), "shots", "shots", "support sizes to evaluate at"),
-    ("eval_queries", QUERIES, None, "together", "together", "what batch norm sees: all, or each alone"),
+    ("eval_queries", QUERIES, None, "together", "together", "queries in batch norm: all, or each alone"),
 )
 # fmt: on
 
@@ -394,10 +394,10 @@ def settings_of(args):
 
 def build_parser():
     """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
-    first_order = {"dest": "method", "const": "fomaml", "help": "--method fomaml"}
+    first_order = {"dest": "method", "const": "fomaml", "help": "short for --method fomaml"}
     workers = "compute the parcels of an image meta-batch (default: one for each core)"
     parser = cli.parser_of(sys.modules[__name__], "Model-Agnostic Meta-Learning", first_order, workers)
-    what = "of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)"
+    what = "folder of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)"
     parser.add_argument("--data", type=cli.nonempty, metavar="FOLDER", help=what)
     what = "with --evaluate: a folder of support images per class, and the images to classify beside these"
     parser.add_argument("--adapt", type=cli.nonempty, metavar="FOLDER", help=what)
@@ -433,13 +433,13 @@ KEPT_STEPS = {"omniglot": 2, "miniimagenet": 5}  # the last inner steps whose pr
 class Experiment:
     """Sinusoids, and what every experiment is: a task distribution, a network, a loss, and what learns them.
 
-    All that the command asks of one, here and in rl.py, made of the settings that a checkpoint keeps:
+    All that the command asks of one, here and in rl.py, built from the settings that a checkpoint keeps:
 
     open(data, asked)       loads the data and finds out what is missing, for training and for the table that
                             `asked` describes; Unusable
     start()                 -> the State that training begins with
-    step(state, rng, map)   -> State, outcome: a meta-iteration; of the outcome `watched` is shown on the way,
-                            smoothed over so many meta-iterations
+    step(state, rng, map)   -> State, outcome: a meta-iteration; progress shows the outcome, by the name
+                            `watched`, as a mean over some `smoothed` meta-iterations
     measure(state, outcome) -> a row of the log (`columns`), a line of progress, the validation score or None
     score(theta)            -> the validation score: larger is better. With `keeps_best` it selects
     test(theta, asked)      yields K, `summarize` of the metric of unseen tasks at each step
@@ -637,7 +637,7 @@ class ImageExperiment(Experiment):
 
 
 class PretrainedImages(ImageExperiment):
-    """The baseline that tells all training classes apart, then adapts a new last layer to each task."""
+    """The baseline that learns all training classes, then adapts, with a new last layer, to each task."""
 
     def __init__(self, settings):
         super().__init__(settings)
@@ -673,7 +673,7 @@ def joint_sample(rng, tasks, draw):
 
 
 def nearest_accuracy(support, query):
-    """The baseline without learning: how many queries have their nearest support image's label, [1, T]."""
+    """The baseline without learning: the share of queries that it gets right, [1, T]."""
     return (tasks.nearest(support, query) * query[1]).sum(axis=-1).mean(axis=1)[None].astype(float)
 
 
@@ -688,7 +688,7 @@ def together(network, theta, x):
 
 
 def alone(network, theta, x):
-    """The outputs for queries, x = (queries, support images), normalised each with the support set alone."""
+    """The outputs for x = (queries, support images), each query normalised with the support set alone."""
     queries, support = x
     sets = (np.concatenate([support, queries[:, i : i + 1]], axis=1) for i in range(queries.shape[1]))
     return np.concatenate([network.forward(theta, one)[0][:, -1:] for one in sets], axis=1)
@@ -782,8 +782,10 @@ def plot_sinusoids(models, curves, _):
     grid = left.subplots(len(models), 3, squeeze=False, sharex=True, sharey=True)
     for row, (experiment, learned) in zip(grid, models):
         plot_fits(row, experiment, learned)
+    for axes in grid[-1]:
+        axes.set(xlabel="x")
     lines = grid[0, 0].get_legend_handles_labels()
-    left.legend(*lines, fontsize=8, ncols=5, loc="outside lower center", frameon=False)
+    left.legend(*lines, fontsize=9, ncols=5, loc="outside lower center", frameon=False)
     axes = right.subplots()
     cli.panel(axes, curves, models[0][0], yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -803,9 +805,10 @@ def plot_fits(row, experiment, learned):
         axes.plot(x[i, order, 0], y[i, order, 0], color=RED, lw=2.5, alpha=0.5, label="truth")
         for step, (name, style, color) in steps.items():
             axes.plot(x[i, order, 0], outs[step][i, order, 0], style, color=color, lw=1.5, label=name)
-        axes.plot(support[0][i, :, 0], support[1][i, :, 0], "^", color="black", ms=5, label="examples")
+        axes.plot(support[0][i, :, 0], support[1][i, :, 0], "^", color="black", ms=5, label="support")
         axes.set(ylim=(-7, 7), xticks=[-4, 0, 4], yticks=[-4, 0, 4])
     row[0].set_title(f"{experiment.method}, K = {shots}", loc="left", fontsize=10)
+    row[0].set(ylabel="y")
 
 
 def plot_images(models, curves, log):
@@ -819,7 +822,7 @@ def plot_images(models, curves, log):
     if log:
         learning(axes[0], log, experiment.scale)
         axes[0].set(ylim=(0, 103))
-        axes[0].legend(fontsize=8, frameon=False)
+        axes[0].legend(fontsize=9, frameon=False)
         axes[0].set_title("validation accuracy in %", loc="left", fontsize=10)
     cli.panel(axes[-1], curves, experiment, ylim=(0, 103))
     return canvas
@@ -847,11 +850,12 @@ def plot_episode(canvas, experiment, learned):
         verdict, color = ("right", GREEN) if said == label else ("wrong", RED)
         verdict = f"class {said + 1}, {chances[label, said]:.0%}\n{verdict}"
         column[-1].set_title(verdict, fontsize=9, color=color, fontweight="bold")
-        column[-1].set(ylim=(0, 1), yticks=[0, 1], xticks=ways if len(ways) <= 6 else [1, len(ways)])
+        column[-1].set(xlabel="class", ylim=(0, 1), yticks=[0, 1])
+        column[-1].set_xticks(ways if len(ways) <= 6 else [1, len(ways)])
     for axes, name in zip(grid[:, 0], ["support"] * shots + ["query", "probability"]):
         axes.set_ylabel(name, fontsize=9)
     lines = grid[-1, 0].get_legend_handles_labels()
-    canvas.legend(*lines, ncols=2, fontsize=8, loc="outside lower center", frameon=False)
+    canvas.legend(*lines, ncols=2, fontsize=9, loc="outside lower center", frameon=False)
 
 
 main = partial(cli.main, sys.modules[__name__])  # main(argv=None) -> exit code

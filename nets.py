@@ -155,7 +155,7 @@ def convnet(shape, ways, filters=64, pool=False):
     Without `pool` (Omniglot) the convolutions have stride 2, and the last block's output is averaged over
     space. With `pool` (MiniImagenet) they have stride 1, a 2x2 max pool comes before each ReLU, and the last
     layer reads all that is left. theta is conv1 beta1 ... conv4 beta4 w b. Initial weights are the authors':
-    Glorot uniform, but a standard normal after the mean over space; the rest zero.
+    Glorot uniform, but standard normal in the layer after the mean over space; the rest zero.
     """
     height, width, inputs = shape
     if pool and min(height, width) < 16:
@@ -213,7 +213,7 @@ def _flat(x):
 
 
 def _append_one(x):
-    """[x, 1]: a column of ones more."""
+    """[x, 1]: x with a column of ones appended."""
     a = np.empty(x.shape[:-1] + (x.shape[-1] + 1,), x.dtype)
     a[..., :-1] = x
     a[..., -1] = 1
@@ -348,7 +348,7 @@ class MaxPool(_Fixed):
 
 
 def _blocks(x, copies=1):
-    """Slices of so few images that `copies` of what x [T, n, ...] has of them stay in the cache."""
+    """Slices of images, each so short that `copies` copies of its part of x [T, n, ...] fit the cache."""
     size = max(1, BLOCK // (copies * x[:, 0].size))
     return [slice(start, start + size) for start in range(0, x.shape[1], size)]
 
@@ -491,7 +491,7 @@ class _Patches:
     """The 3x3 patches of x as rows, a [T, rows, 9 c], and its products.
 
     At stride 2 they are kept. At stride 1 they are nine times as many numbers as x has, and are made anew for
-    each product, of so few images that they stay in the cache.
+    each product, for as many images at a time as fit the cache.
     """
 
     def __init__(self, x, stride):
@@ -573,7 +573,7 @@ def _fold(a, shape, stride):
 class FirstBlock:
     """BatchNorm of Conv of the data, as one layer: no pass over the convolution's output, the largest array.
 
-    The patches a do not depend on theta, so that their mean and covariance C say what the
+    The patches a do not depend on theta, so that their mean and covariance C determine what the
     batch norm does. With a centred, a·b the sum of products down a column, and w̃ = w / s,
 
         s = sqrt(w·Cw + 0.001)        out = a w̃ + beta         G = aᵀu          q = G·w̃
@@ -744,7 +744,7 @@ defvjp(
 
 
 def mean_squared_error(network):
-    """L = mean over examples and outputs of (f_theta(x) - y)²: eq. (2), but a mean, for an alpha of any n."""
+    """L = mean over examples and outputs of (f_theta(x) - y)²: eq. (2), but a mean: alpha fits any n."""
     return Loss(network, SquaredError())
 
 

@@ -3,7 +3,7 @@
 
 Axes: T tasks, B trajectories a task, H steps a trajectory, d numbers an observation, a numbers an action,
 P parameters. Where the order of steps does not matter, [T, n, ...] has n = B·H of them. A trajectory
-that ends early is followed by steps whose mask is 0; no mean counts them.
+that ends early is padded with steps whose mask is 0; no mean counts them.
 
 Inside, theta'_i = theta - alpha ∇L_i(theta), L_i = -mean over steps of log pi_theta(a | s) A, whose
 gradient estimates that of eq. (4), differentiated as it stands. Outside, with J_i = dtheta'_i / dtheta, a
@@ -201,7 +201,7 @@ def _halves(array):
 def gaussian_policy(inputs, actions, hidden):
     """pi(a | s) = N(f(s), exp(log_std)²): a Network with outputs [mean, log_std], [T, n, 2a].
 
-    f is an mlp with ReLU, Glorot-uniform weights and zero biases; log_std is a parameter an action, from 0.
+    f is an mlp with ReLU, Glorot-uniform weights and zero biases; log_std, one per action, starts at 0.
     """
     layers = nets.mlp((inputs, *hidden, actions), draw=nets.glorot_uniform).layers
     return nets.Network([*layers, LogStd(actions)], (inputs,), (2 * actions,))
@@ -227,7 +227,7 @@ def fisher(out):
 
 
 class PolicyGradient:
-    """L = -Σ over steps of w log pi(a | s), an output loss of nets.py; y = [a, w], w once per number of a.
+    """L = -Σ over steps of w log pi(a | s), an output loss of nets.py; y = [a, w], w repeated to a's shape.
 
     With w = advantage / steps it is the loss of the inner update, and its gradient by theta' is minus that of
     the surrogate mean of pi_theta' / pi_old A at pi_old = pi_theta', where the ratio is 1.
@@ -312,7 +312,7 @@ def features(observations):
 
 
 def baseline(observations, targets, mask, ridge=1e-5):
-    """V(s_t) = features · w, w the ridge regression of targets, one a task: -> [T, B, H], 0 where mask is.
+    """V(s_t) = features · w, w by ridge regression of the targets, per task: -> [T, B, H], 0 where mask is 0.
 
     w = (ΦᵀΦ + ridge I)⁻¹ Φᵀ targets over a task's steps, by one batched solve.
     """
@@ -456,8 +456,8 @@ share = cli.number(float, 0, "share (0 to 1)", high=1)
 SETTINGS = cli.table_of(  # what a checkpoint keeps
     TASKS,
     # in the order of TASKS: navigation, cheetah-vel, cheetah-dir, ant-vel, ant-dir
-    ("meta_batch",   count,  40,   40,   40,   40,   40,   "tasks a meta-iteration"),
-    ("trajectories", count,  20,   20,   20,   20,   40,   "trajectories K a task and step"),
+    ("meta_batch",   count,  40,   40,   40,   40,   40,   "tasks per meta-iteration"),
+    ("trajectories", count,  20,   20,   20,   20,   40,   "trajectories per task and step, K"),
     ("steps",        whole,  1,    1,    1,    1,    1,    "inner gradient steps in training"),
     ("order",        (1, 2), 2,    2,    2,    2,    2,    "1 drops the second derivatives"),
     ("alpha",        rate,   0.5,  0.1,  0.1,  0.1,  0.1,  "inner step size"),
@@ -466,21 +466,21 @@ SETTINGS = cli.table_of(  # what a checkpoint keeps
     ("hidden",       count,  100,  100,  100,  100,  100,  "units of both hidden layers"),
     ("horizon",      count,  100,  200,  200,  200,  200,  "steps of a trajectory"),
     ("frame_skip",   count,  None, 1,    1,    1,    1,    "physics steps an action lasts"),
-    ("discount",     share,  0.99, 0.99, 0.99, 0.99, 0.99, "of rewards, per step"),
+    ("discount",     share,  0.99, 0.99, 0.99, 0.99, 0.99, "discount of rewards, per step"),
     ("lam",          share,  1.0,  0.95, 0.95, 0.95, 0.95, "lambda of the advantages"),
     ("cg_steps",     count,  10,   20,   20,   20,   20,   "steps of the conjugate gradient"),
     ("damping",      rate,   1e-5, 1e-5, 1e-5, 1e-5, 1e-5, "added to the Fisher product"),
     ("backtrack",    share,  0.8,  0.8,  0.8,  0.8,  0.8,  "factor of the line search"),
     ("tries",        count,  15,   15,   15,   15,   15,   "step sizes the line search tries"),
-    ("seed",         whole,  0,    0,    0,    0,    0,    "of every random draw"),
-    ("dtype", FLOATS, *["float32"] * 5, "of all arithmetic"),
+    ("seed",         whole,  0,    0,    0,    0,    0,    "seed of every random draw"),
+    ("dtype", FLOATS, *["float32"] * 5, "number type of all arithmetic"),
 )
 EVALUATION = cli.table_of(  # may differ at every evaluation
     TASKS,
     ("eval_tasks",        count, 40,  40,  40,  40,  40,   "unseen tasks for the table"),
-    ("eval_trajectories", count, 40,  20,  20,  20,  40,   "trajectories a task and step in it"),
-    ("eval_steps",        whole, 3,   3,   3,   3,   3,    "gradient steps, up to which it goes"),
-    ("eval_shrink",       rate,  0.5, 0.5, 0.5, 0.5, 0.01, "factor of alpha after the first"),
+    ("eval_trajectories", count, 40,  20,  20,  20,  40,   "trajectories per task and step in the table"),
+    ("eval_steps",        whole, 3,   3,   3,   3,   3,    "largest number of gradient steps in the table"),
+    ("eval_shrink",       rate,  0.5, 0.5, 0.5, 0.5, 0.01, "factor of alpha after the first step"),
 )
 ALPHA = {  # with which the authors adapt what was not meta-trained
     "pretrained": (0.5, 0.02, 0.2, 0.2, 0.2),
@@ -520,7 +520,7 @@ def environment_of(settings, goals, trajectories):
 
 
 def drawn_goals(task, rng, count):
-    """`count` tasks: positions in [-0.5, 0.5]², [count, 2], or velocities or directions -1 and 1, [count]."""
+    """`count` tasks: positions in [-0.5, 0.5]², [count, 2], velocities in [0, 2] or [0, 3], or ±1 [count]."""
     if task == "navigation":
         return rng.uniform(-0.5, 0.5, (count, 2))
     top = 2.0 if task.startswith("cheetah") else 3.0
@@ -553,13 +553,13 @@ def adaptation(settings, loss, theta, trajectories, rates, goals, seeds):
 
 
 def experience(*given):
-    """Of `adaptation`: the returns [steps + 1, T], and the batches of each task, steps + 1 of them."""
+    """From `adaptation`: the returns [steps + 1, T], and the steps + 1 batches of each task."""
     returns, batches = zip(*((episodes.returns(), batches) for episodes, batches in adaptation(*given)))
     return np.stack(returns), [*zip(*batches)]
 
 
 def returns_along(*given):
-    """Of `adaptation`: the returns alone."""
+    """From `adaptation`: the returns alone."""
     return np.stack([episodes.returns() for episodes, _ in adaptation(*given)]).astype(float)
 
 
@@ -664,7 +664,7 @@ experiment_of, train = Experiment, maml.train
 def build_parser():
     """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
     what = "MAML with TRPO for reinforcement learning"
-    first_order = {"dest": "order", "const": 1, "help": "--method maml --order 1"}
+    first_order = {"dest": "order", "const": 1, "help": "short for --method maml --order 1"}
     workers = "sample the trajectories (default: one for each core; navigation, none)"
     return cli.parser_of(sys.modules[__name__], what, first_order, workers)
 
@@ -689,8 +689,8 @@ SHOWN = {0: ("before", "#999999"), 1: ("after 1 step", "#56b4e9"), 3: ("after 3 
 
 def plot(models, curves, log):
     """What policies do on test tasks before and after adaptation, and the return against gradient steps."""
-    draw, height = {"paths": (plot_paths, 3.1), "body": (plot_bodies, 6.4)}[models[0][0].picture]
-    canvas = cli.canvas_of(12, height * len(models) + 0.4)
+    draw, height = {"paths": (plot_paths, 2.7), "body": (plot_bodies, 5)}[models[0][0].picture]
+    canvas = cli.canvas_of(10, height * len(models) + 0.4)
     left, right = canvas.subfigures(1, 2, width_ratios=[2.8, 1])
     for part, model in zip(left.subfigures(len(models), 1, squeeze=False)[:, 0], models):
         draw(part, *model)

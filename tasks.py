@@ -5,8 +5,8 @@ A sampler takes a numpy.random.Generator first and returns support, query: two p
 [tasks, examples, ...], cut from one draw.
 
 Images are read once into memory-mapped arrays. A split is uint8 [classes, images of a class, height, width,
-channels], 255 for 1.0. Whatever is wrong with the data is a ValueError of one line that names the file or the
-class and says what to do.
+channels], 255 for 1.0. Whatever is wrong with the data raises a ValueError of one line that names the file or
+the class and says what to do.
 """
 
 import hashlib
@@ -132,7 +132,7 @@ def _scaled(x, dtype):
 class Split:
     """Some classes of the images in a .npy file: what travels to workers is the file's name, not its pixels.
 
-    As an array, or indexed, it is the file's memory map, opened for that and let go with it.
+    As an array, or indexed, it is the file's memory map, opened for that use alone.
     """
 
     def __init__(self, file, start, stop):
@@ -295,7 +295,7 @@ def load_miniimagenet(path):
     path: the folder of train/, val/ and test/, each a folder per class of JPEGs or PNGs of any size
     (64, 16 and 20 classes of 600). images: uint8 [classes, images of a class, 84, 84, 3], memory-mapped,
     resized as the authors did: Lanczos, straight to 84x84, the aspect not kept. A split's classes are cut
-    to its smallest one's number of images, which is said on stderr. Decoded once by Pillow, into
+    to the number of images of its smallest one, and a line on stderr says so. Decoded once by Pillow, into
     `path`/miniimagenet-train.npy and so on, or ~/.cache/maml.
     """
     return {split: _photos(Path(path), split) for split in ("train", "val", "test")}
@@ -340,7 +340,7 @@ def _image(file):
 
 
 def load_own(folder, shape, dtype=np.float32):
-    """One task of one's own images -> class names, support (x, y), query files, query x, as in `few_shot`.
+    """A task of the user's images -> class names, support (x, y), query files, query x, as in `few_shot`.
 
     folder: a folder of support images per class, and the queries beside these, or in its folder `query`:
     JPEGs or PNGs of any size, brought to `shape` (height, width, channels) as the data sets are. With one

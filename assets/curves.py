@@ -19,7 +19,7 @@ def plot_curves(canvas, logs):
     grid = canvas.subplots(-(-len(logs) // 4), min(len(logs), 4), squeeze=False).ravel()
     for axes, log in zip(grid, map(Path, logs)):
         name = log.stem.removesuffix("-log")
-        figure, scale = published(log.with_name(f"{name}.npz"))
+        figure, scale, metric = published(log.with_name(f"{name}.npz"))
         if figure:
             axes.axhline(float(figure.split()[0]), color=maml.RED, lw=1, ls="--", label="published, test")
         try:
@@ -27,6 +27,7 @@ def plot_curves(canvas, logs):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise cli.Unusable(f"{log}: no --log of this project, or damaged ({tasks.one_line(error)})")
         axes.set_title(name, loc="left", fontsize=10)
+        axes.set(ylabel=metric)
     lines = {name: line for axes in grid for line, name in zip(*axes.get_legend_handles_labels())}
     canvas.legend(lines.values(), lines, ncols=3, loc="outside lower center", frameon=False)
     for axes in grid[len(logs) :]:
@@ -34,12 +35,13 @@ def plot_curves(canvas, logs):
 
 
 def published(weights):
-    """The published figure of a model as a text, after one step where there are several; and its scale."""
+    """A model's published figure as a text, after one step where there are several; its scale and metric."""
     if not weights.exists():
-        return None, 1
+        return None, 1, ""
     _, _, experiment, _, shots = tables.loaded(weights)
     figures = experiment.published(shots)
-    return figures.get(1) or "".join([*figures.values()][-1:]), experiment.scale
+    metric = experiment.metric_name + " in %" * (experiment.scale == 100)
+    return figures.get(1) or "".join([*figures.values()][-1:]), experiment.scale, metric
 
 
 def main(path=None, *logs):
