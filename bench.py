@@ -128,7 +128,7 @@ def meta_gradient_limit(experiment, cores=1):
 
 def experiment_of(module, words):
     """The experiment that these words of maml.py's or rl.py's command name."""
-    return module.experiment_of(module.settings_of(module.build_parser().parse_args(words.split())))
+    return module.experiment_of(cli.settings_of(module.build_parser().parse_args(words.split()), module))
 
 
 # The peers -------------------------------------------------------------------------------------

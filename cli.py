@@ -20,13 +20,14 @@ import threading
 import time
 import zipfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
 
 import tasks
+from tasks import tell
 
 # Settings ---------------------------------------------------------------------------------------
 
@@ -49,12 +50,12 @@ class Parser(argparse.ArgumentParser):
         raise Unusable(" ".join(message.split()))
 
 
-def number(kind, low, name, high=np.inf):
+def number(kind, low, high, name):
     """A flag's kind: a finite number from `low` to `high`; errors call it `name`."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == np.inf:
+        if not low <= value <= high:
             raise ValueError
         return value
 
@@ -62,10 +63,10 @@ def number(kind, low, name, high=np.inf):
     return parse
 
 
-count = number(int, 1, "count (1 to 2147483647)", high=2**31 - 1)
-several = number(int, 2, "count (2 or more)")
-whole = number(int, 0, "whole number (0 or more)")
-rate = number(float, 0, "rate (finite, 0 or more)")
+count = number(int, 1, 2**31 - 1, "count (1 to 2147483647)")
+several = number(int, 2, 2**31 - 1, "count (2 to 2147483647)")
+whole = number(int, 0, np.inf, "whole number (0 or more)")
+rate = number(float, 0, sys.float_info.max, "rate (finite, 0 or more)")
 
 
 def nonempty(text):
@@ -78,7 +79,7 @@ def nonempty(text):
 class Setting(NamedTuple):
     """A row of a table of settings: --name, what it takes, each task's default (None: it has none), meaning.
 
-    `kind` makes a value of a text, or is a tuple of choices. A default that names a setting takes its value.
+    `kind` makes a value of a text, or is a tuple of choices. A default that names a row above is its value.
     """
 
     name: str
@@ -107,32 +108,26 @@ def table_of(tasks, *rows):
     return [Setting(name, kind, dict(zip(tasks, values)), meaning) for name, kind, *values, meaning in rows]
 
 
-def task_and_method(args, tasks):
-    """{"task": ..., "method": ...} as the flags name them."""
+def settings_of(args, module):
+    """What a checkpoint keeps, from the flags and the task's defaults."""
     if args.task is None:
-        raise Unusable(f"--task is missing; name one of {', '.join(tasks)}")
-    return {"task": args.task, "method": args.method or args.baseline or "maml"}
+        raise Unusable(f"--task is missing; name one of {', '.join(module.TASKS)}")
+    named = {"task": args.task, "method": args.method or "maml"}
+    return named | settled(module.SETTINGS, args, named, **module.conditional_defaults(args, **named))
 
 
-def settled(rows, task, args, defaults, known):
-    """{name: value} of what the task has: the flag's, or that of `defaults`, or the table's."""
-    values = {}
+def settled(rows, args, known, **defaults):
+    """{name: value} of what the known task has: the flag's, or that of `defaults`, or the table's."""
+    values, task = {}, known["task"]
     for row in rows:
         given, default = getattr(args, row.name), defaults.get(row.name, row.defaults[task])
-        if default is None and given is not None:
+        if default is not None:
+            default = (known | values).get(default, default)
+            values[row.name] = default if given is None else given
+        elif given is not None:
             others = ", ".join(other for other, value in row.defaults.items() if value is not None)
             raise Unusable(f"{row.flag} is for --task {others}, and {task} has none; leave it out")
-        if default is not None:
-            values[row.name] = default if given is None else given
-    names = known | values
-    return {
-        name: names.get(value, value) if isinstance(value, str) else value for name, value in values.items()
-    }
-
-
-def evaluation_of(rows, settings, args):
-    """{name: value} of what the table of a model with these settings is asked for."""
-    return settled(rows, settings["task"], args, {}, settings)
+    return values
 
 
 def task_name(prog, text):
@@ -154,7 +149,7 @@ def parser_of(module, what, first_order, workers):
     which, who = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     which.add_argument("--method", choices=module.METHODS, help="what is learned, and how (default: maml)")
     text = "in place of a method: what the paper compares with"
-    which.add_argument("--baseline", choices=module.BASELINES, help=text)
+    which.add_argument("--baseline", dest="method", choices=module.BASELINES, help=text)
     short = first_order["dest"]  # for what --first-order is short, and does not go with it
     groups = {short: which if short == "method" else parser.add_mutually_exclusive_group()}
     groups[short].add_argument("--first-order", action="store_const", **first_order)
@@ -281,7 +276,7 @@ def load_checkpoint(path, module):
         with np.load(path, allow_pickle=False) as members:
             arrays = {name: members[name] for name in members}
         settings = json.loads(str(arrays.pop("settings")))
-        if module.settings_of(module.build_parser().parse_args(words_of(settings, module))) != settings:
+        if settings_of(module.build_parser().parse_args(words_of(settings, module)), module) != settings:
             raise ValueError(f"its settings are {', '.join(settings)}")
         return settings, *unpacked(arrays, module.experiment_of(settings).start())
     except FileNotFoundError:
@@ -332,8 +327,8 @@ class Log:
         if iteration and os.path.exists(path):
             with open(path, newline="", errors="replace") as file:
                 lines = [line.split(",") for line in file.read().splitlines()]
-            rows = [row for row in lines if len(row) == len(head) and row[0].isdigit()]
-            rows = [row for row in rows if int(row[0]) <= iteration and int(row[0]) % every == 0]
+            due = {str(i) for i in range(every, iteration + 1, every)}
+            rows = [row for row in lines if len(row) == len(head) and row[0] in due]
         with writing(path) as file:
             file.write(lines_of([head, *rows]))
         self.path = path
@@ -349,10 +344,11 @@ class Log:
 def main(module, argv=None):
     """Runs the command line (None: the process's) that `module`, maml or rl, describes: -> exit code.
 
-    The module has build_parser() and settings_of(args); experiment_of(settings), whose contract
-    `maml.Experiment` states; train, the loop of meta-iterations; plot(models, curves, log); EVALUATION, the
-    table of what an evaluation may be asked; BASELINES; LOWER, what to lower where training diverges; and
-    classify(models, args), where its parser has --adapt.
+    The module has build_parser(); TASKS, METHODS and BASELINES; SETTINGS and EVALUATION, the tables of what a
+    checkpoint keeps and an evaluation may be asked; conditional_defaults(args, task, method) of SETTINGS;
+    experiment_of(settings), whose contract `maml.Experiment` states; train, the loop of meta-iterations;
+    plot(models, curves, log); LOWER, what to lower where training diverges; and classify(models, args), where
+    its parser has --adapt.
     """
     one_blas_thread()
     return guarded(f"{module.__name__}.py", lambda: run(module.build_parser().parse_args(argv), module))
@@ -392,14 +388,15 @@ def run(args, module):
         return module.classify(runs, args)
     experiments = [experiment for experiment, *_ in runs]
     check_outputs(args, experiments[0].columns)
-    check_plot(args, experiments)
+    if args.plot:
+        check_plot(args.plot, experiments)
     for experiment in experiments:
         if (args.workers or args.scheduler) and not experiment.spreads:
             task = experiment.settings["task"]
             raise Unusable(f"{task} has nothing to spread; leave out --workers, --scheduler")
     with workers_of(args, module) as map:
         for experiment in experiments:
-            experiment.open(args.data, evaluation_of(module.EVALUATION, experiment.settings, args))
+            experiment.open(args.data, settled(module.EVALUATION, args, experiment.settings))
             experiment.map = map or experiment.map
         models = runs if args.evaluate else [(experiments[0], meta_train(*runs[0], args, module))]
         try:
@@ -424,7 +421,7 @@ def evaluated(path, args, module):
 def started(args, module):
     """A run from its start, or from --resume -> its experiment, State, Best and Generator."""
     if not args.resume:
-        experiment = module.experiment_of(module.settings_of(args))
+        experiment = module.experiment_of(settings_of(args, module))
         state = experiment.start()
         return experiment, state, Best(-np.inf, state.theta, 0), experiment.stream("training")
     settings, state, best, rng = load_checkpoint(args.resume, module)
@@ -440,7 +437,7 @@ def started(args, module):
 def check_agreement(args, settings, path, free):
     """Unusable where a flag contradicts the checkpoint, but for those in `free`."""
     for key, kept in settings.items():
-        given = (args.method or args.baseline) if key == "method" else getattr(args, key)
+        given = getattr(args, key)
         if given not in (None, kept) and key not in free:
             flag = key.replace("_", "-")
             again = args.evaluate and hasattr(args, f"eval_{key}")
@@ -472,9 +469,13 @@ def meta_train(experiment, state, best, rng, args, module):
                         save_weights(best_of(save), experiment.settings, final.theta, i)
                 if save and (i % experiment.save_every == 0 or last or stopping):
                     save_checkpoint(save, experiment.settings, state, best, rng)
-                progress.show(i, last, outcome)
+                progress.show(i, outcome)
                 if stopping:
-                    hint = f"saved; {way_on(args, save, last)}" if save else "nothing was saved (no --save)"
+                    hint = (
+                        f"saved; {way_on(args, module, save, last)}"
+                        if save
+                        else "nothing was saved (no --save)"
+                    )
                     raise KeyboardInterrupt(f"interrupted at iteration {i}: {hint}")
         except (FloatingPointError, OSError) as error:
             kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
@@ -487,14 +488,17 @@ def meta_train(experiment, state, best, rng, args, module):
         tell(f"{save}: kept, --evaluate or --resume it{which if final.score > -np.inf else ''}")
     elif iterations:
         tell("the model is not kept: --save FILE.npz keeps it")
-    return final.theta if experiment.keeps_best and iterations else state.theta
+    return final.theta if experiment.keeps_best else state.theta
 
 
-def way_on(args, save, last):
+def way_on(args, module, save, last):
     """The flags that go on with a run that was interrupted, with those which no checkpoint has."""
     again = {"evaluate" if last else "resume": save, "log": None if last else args.log}
-    again |= {flag: getattr(args, flag) for flag in ("data", "results", "plot", "scheduler")}
-    words = [word for flag, value in again.items() if value for word in (f"--{flag}", value)]
+    names = ["data", "results", "plot", "workers", "scheduler", *(row.name for row in module.EVALUATION)]
+    words = []
+    for name, value in (again | {name: getattr(args, name) for name in names}).items():
+        if value is not None:
+            words += ["--" + name.replace("_", "-"), *map(str, np.atleast_1d(value))]
     return f"go on with {shlex.join(words)}"
 
 
@@ -541,7 +545,7 @@ def interruptible(module):
         signal.signal(signal.SIGINT, previous)
 
 
-class Progress:
+class Progress(AbstractContextManager):
     """One updating line on a terminal's stderr; elsewhere a plain line every ten seconds."""
 
     def __init__(self, done, of, watched, smoothed, unit="iteration"):
@@ -549,14 +553,11 @@ class Progress:
         self.text, self.shown, self.smooth = "", None, 0
         self.terminal, self.began = sys.stderr.isatty(), time.monotonic()
 
-    def __enter__(self):
-        return self
-
-    def show(self, done, last, outcome):
+    def show(self, done, outcome):
         """`outcome`, or its second number, is shown as a mean, over some `smoothed` at most."""
         value, now = np.ravel(outcome)[:2][-1], time.monotonic()
         self.smooth += (value - self.smooth) / min(done - self.first, self.smoothed)
-        if not last and now - (self.shown or self.began) < (0.2 if self.terminal else 10):
+        if done < self.of and now - (self.shown or self.began) < (0.2 if self.terminal else 10):
             return
         self.shown = now
         speed = (done - self.first) / max(now - self.began, 1e-9)
@@ -569,14 +570,6 @@ class Progress:
     def __exit__(self, *_):
         if self.terminal and self.shown is not None:
             tell("")
-
-
-def tell(text, end="\n", to="stderr"):
-    """Prints; where nobody reads, what is printed is dropped from then on."""
-    try:
-        print(text, end=end, file=getattr(sys, to), flush=True)
-    except (OSError, ValueError):
-        setattr(sys, to, open(os.devnull, "w"))
 
 
 # Workers ----------------------------------------------------------------------------------------
@@ -597,10 +590,9 @@ def workers_of(args, module):
 
 def counting(map, watched, function, *columns):
     """`map`, which shows how many of its results are there, and the mean of their last row."""
-    columns = [list(column) for column in columns]
     with Progress(0, len(columns[0]), watched, len(columns[0]), "parcel") as progress:
         for done, result in enumerate(map(function, *columns), 1):
-            progress.show(done, done == len(columns[0]), np.mean(result[-1]))
+            progress.show(done, np.mean(result[-1]))
             yield result
 
 
@@ -661,10 +653,8 @@ def dask_client(address, module):
     try:
         client = Client(address, timeout=10)
     except Exception as error:  # whatever the address says
-        reason = tasks.one_line(error)
-        raise Unusable(
-            f"--scheduler {address}: no scheduler answers ({reason}); start one with dask scheduler"
-        )
+        answer = f"no scheduler answers ({tasks.one_line(error)})"
+        raise Unusable(f"--scheduler {address}: {answer}; start one with dask scheduler")
     for name in dict.fromkeys(("nets", "tasks", "cli", "maml", module.__name__)):
         client.upload_file(sys.modules[name].__file__, load=False)
     client.run(one_blas_thread)
@@ -700,7 +690,7 @@ def report(models, args, module):
     """The table of each model, in --results and on stdout; --plot."""
     rows, curves, tables = [], [], []
     for (experiment, learned), name in zip(models, names_of(models, args)):
-        s, asked = experiment.settings, evaluation_of(module.EVALUATION, experiment.settings, args)
+        s, asked = experiment.settings, settled(module.EVALUATION, args, experiment.settings)
         tell(f"evaluating {name} on {asked['eval_tasks']} unseen tasks")
         experiment.map = partial(counting, experiment.map, experiment.metric_name)
         columns = {}
@@ -749,16 +739,14 @@ def cell(summary, scale, digits):
     return f"{mean} ± {ci95}"
 
 
-def check_plot(args, experiments):
+def check_plot(path, experiments):
     """Unusable where --plot could not be drawn."""
-    if not args.plot:
-        return
     canvas = canvas_of(1, 1)
     try:
         canvas.text(0.5, 0.5, "±")
-        canvas.savefig(io.BytesIO(), format=os.path.splitext(args.plot)[1][1:])
+        canvas.savefig(io.BytesIO(), format=os.path.splitext(path)[1][1:])
     except Exception as error:  # whatever that format's library says
-        raise Unusable(f"--plot {args.plot}: cannot be drawn ({tasks.one_line(error)}); end the name in png")
+        raise Unusable(f"--plot {path}: cannot be drawn ({tasks.one_line(error)}); end the name in png")
     if len({experiment.picture for experiment in experiments}) > 1:
         raise Unusable("--plot draws checkpoints of one kind of task; leave the others out of --evaluate")
 

@@ -9,7 +9,6 @@ nets.py) they are used; else autograd supplies them. The dtype of theta decides 
 
 import csv
 import math
-import os
 import sys
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -370,30 +369,23 @@ EVALUATION = cli.table_of(  # may differ at every evaluation
 # fmt: on
 
 
-def conditional_defaults(args):
-    """The defaults that depend on other flags (paper, A.1): {setting: value}."""
+def conditional_defaults(args, task, method):
+    """The defaults that depend on other flags (paper, A.1): {setting: value}; Unusable where none goes."""
+    other = {"oracle": ("sinusoid",), "nearest": ("omniglot", "miniimagenet")}.get(method, TASKS)
+    if task not in other:
+        raise Unusable(f"--baseline {method} is for --task {' or '.join(other)}, not {task}")
     defaults = {}
-    if args.task == "omniglot" and (args.ways or 5) > 10:
+    if task == "omniglot" and (args.ways or 5) > 10:
         defaults |= {"steps": 5, "meta_batch": 16}
-    if args.task == "miniimagenet" and (args.shots or 1) > 1:
+    if task == "miniimagenet" and (args.shots or 1) > 1:
         defaults |= {"meta_batch": 2}
-    if args.method == "reptile":
+    if method == "reptile":
         defaults |= {"steps": 10}  # with one inner step Reptile is joint training
     return defaults
 
 
-def settings_of(args):
-    """What a checkpoint keeps, from the flags and the task's defaults."""
-    named = cli.task_and_method(args, TASKS)
-    task, method = named.values()
-    other = {"oracle": ("sinusoid",), "nearest": ("omniglot", "miniimagenet")}.get(method, TASKS)
-    if task not in other:
-        raise Unusable(f"--baseline {method} is for --task {' or '.join(other)}, not {task}")
-    return named | cli.settled(SETTINGS, task, args, conditional_defaults(args), {})
-
-
 def build_parser():
-    """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
+    """The command's flags. A flag that was not given is None, and settled by `cli.settings_of`."""
     first_order = {"dest": "method", "const": "fomaml", "help": "short for --method fomaml"}
     workers = "compute the parcels of an image meta-batch (default: one for each core)"
     parser = cli.parser_of(sys.modules[__name__], "Model-Agnostic Meta-Learning", first_order, workers)
@@ -406,20 +398,20 @@ def build_parser():
 
 # The experiments -------------------------------------------------------------------------------
 
-# What the paper prints of MAML and pretrained sinusoids: (task, method, what else matters) -> {step: figure}.
+# What the paper prints: (task, method, K in training, K of the table, ways, network) -> {step: figure}.
 PAPER = {
-    ("sinusoid", "maml", 5): {1: "0.67", 5: "0.38", 10: "0.35"},
-    ("sinusoid", "pretrained", 5): {1: "2.41", 5: "2.23", 10: "2.19"},
-    ("omniglot", "maml", 1, 5, "conv"): {3: "98.7 ± 0.4"},
-    ("omniglot", "maml", 5, 5, "conv"): {3: "99.9 ± 0.1"},
-    ("omniglot", "maml", 1, 20, "conv"): {5: "95.8 ± 0.3"},
-    ("omniglot", "maml", 5, 20, "conv"): {5: "98.9 ± 0.2"},
-    ("omniglot", "maml", 1, 5, "mlp"): {3: "89.7 ± 1.1"},
-    ("omniglot", "maml", 5, 5, "mlp"): {3: "97.5 ± 0.6"},
-    ("miniimagenet", "maml", 1, 5, "conv"): {10: "48.70 ± 1.84"},
-    ("miniimagenet", "maml", 5, 5, "conv"): {10: "63.11 ± 0.92"},
-    ("miniimagenet", "fomaml", 1, 5, "conv"): {10: "48.07 ± 1.75"},
-    ("miniimagenet", "fomaml", 5, 5, "conv"): {10: "63.15 ± 0.91"},
+    ("sinusoid", "maml", 10, 5, None, None): {1: "0.67", 5: "0.38", 10: "0.35"},
+    ("sinusoid", "pretrained", 10, 5, None, None): {1: "2.41", 5: "2.23", 10: "2.19"},
+    ("omniglot", "maml", 1, 1, 5, "conv"): {3: "98.7 ± 0.4"},
+    ("omniglot", "maml", 5, 5, 5, "conv"): {3: "99.9 ± 0.1"},
+    ("omniglot", "maml", 1, 1, 20, "conv"): {5: "95.8 ± 0.3"},
+    ("omniglot", "maml", 5, 5, 20, "conv"): {5: "98.9 ± 0.2"},
+    ("omniglot", "maml", 1, 1, 5, "mlp"): {3: "89.7 ± 1.1"},
+    ("omniglot", "maml", 5, 5, 5, "mlp"): {3: "97.5 ± 0.6"},
+    ("miniimagenet", "maml", 1, 1, 5, "conv"): {10: "48.70 ± 1.84"},
+    ("miniimagenet", "maml", 5, 5, 5, "conv"): {10: "63.11 ± 0.92"},
+    ("miniimagenet", "fomaml", 1, 1, 5, "conv"): {10: "48.07 ± 1.75"},
+    ("miniimagenet", "fomaml", 5, 5, 5, "conv"): {10: "63.15 ± 0.91"},
 }
 
 VALIDATION_TASKS = 600
@@ -441,7 +433,7 @@ class Experiment:
     step(state, rng, map)   -> State, outcome: a meta-iteration; progress shows the outcome, by the name
                             `watched`, as a mean over some `smoothed` meta-iterations
     measure(state, outcome) -> a row of the log (`columns`), a line of progress, the validation score or None
-    score(theta)            -> the validation score: larger is better. With `keeps_best` it selects
+    score(theta)            -> the validation score, larger is better, where `measure` had None and it selects
     test(theta, asked)      yields K, `summarize` of the metric of unseen tasks at each step
     published(K)            {step: figure} of the paper or its authors for this task, method and K
     map                     who computes parcels where no flag says; `spreads`: whether there are several
@@ -468,14 +460,10 @@ class Experiment:
         if data:
             raise Unusable("--data is for images, and --task sinusoid has none; leave it out")
 
-    def sample(self, purpose, shots, query):
-        """sample(rng, tasks) -> support, query, of tasks for a purpose."""
+    def sample(self, purpose, shots, query=EVAL_QUERY):
+        """sample(rng, tasks) -> support, query, of tasks for a purpose; a test task's queries by default."""
         oracle, dtype = self.method == "oracle", np.dtype(self.settings["dtype"])
         return partial(tasks.sinusoid, shots=shots, query_shots=query, oracle=oracle, dtype=dtype)
-
-    def eval_query(self, shots):
-        """Query examples of a test task."""
-        return EVAL_QUERY
 
     def stream(self, purpose):
         """The seed's generator for one purpose, so that all methods meet the same tasks."""
@@ -511,18 +499,11 @@ class Experiment:
         return partial(adam_step, **given, **self.meta_batch())
 
     def measure(self, state, loss):
-        before, after = self.validate(state.theta)
+        s = self.settings
+        values = self.curve(state.theta, "validation", VALIDATION_TASKS, s["shots"], s["steps"])[[0, -1]]
+        before, after = np.where(np.isfinite(values), values, self.worst).mean(axis=1)
         text = f"validation {self.metric_name} {before:.3f} before, {after:.3f} after adaptation"
         return (loss, before, after), text, after if self.keeps_best else None
-
-    def score(self, learned):
-        return self.validate(learned)[1]
-
-    def validate(self, learned):
-        """The mean metric on tasks like the test's, before and after the training's inner steps."""
-        s = self.settings
-        values = self.curve(learned, "validation", VALIDATION_TASKS, s["shots"], s["steps"])[[0, -1]]
-        return np.where(np.isfinite(values), values, self.worst).mean(axis=1)
 
     def inner_rate(self):
         """alpha, or an array [P]: zero on batch norm's shifts, and for ANIL on all but the last layer."""
@@ -545,7 +526,7 @@ class Experiment:
     def curve(self, learned, purpose, count, shots, steps):
         """The metric [steps + 1, count] of unseen tasks after 0 ... steps inner steps."""
         theta, alpha = self.adaptation(learned)
-        drawn = self.sample(purpose, shots, self.eval_query(shots)), self.stream(purpose), count
+        drawn = self.sample(purpose, shots), self.stream(purpose), count
         return evaluate(self.loss, theta, *drawn, alpha, steps, self.metric, self.parcel, self.map)
 
     def test(self, learned, asked):
@@ -556,7 +537,8 @@ class Experiment:
 
     def published(self, shots):
         s = self.settings
-        return PAPER.get((s["task"], s["method"], shots), {}) if s["shots"] == 10 else {}
+        key = s["task"], s["method"], s["shots"], shots, s.get("ways"), s.get("net")
+        return PAPER.get(key, {})
 
 
 class ImageExperiment(Experiment):
@@ -574,7 +556,8 @@ class ImageExperiment(Experiment):
         if settings["net"] == "conv":
             self.network_for = partial(nets.convnet, self.shape, filters=settings["filters"], pool=mini)
         else:
-            self.network_for = partial(perceptron, self.shape)
+            sizes = math.prod(self.shape), 256, 128, 64, 64  # the authors'
+            self.network_for = lambda ways: nets.mlp((*sizes, ways), normalize=True)
         self.network = self.network_for(ways)
         self.loss = nets.cross_entropy(self.network)
         self.metric = partial(accuracy, self.network)
@@ -589,51 +572,37 @@ class ImageExperiment(Experiment):
         s = self.settings
         path = data or f"data/{s['task']}"
         try:
-            if s["task"] == "miniimagenet":
-                self.images = tasks.load_miniimagenet(path)
-            else:
-                if not data and not os.path.isdir(os.path.join(path, "images_background")):
-                    tasks.download_omniglot(path)
-                self.images = tasks.load_omniglot(path)
+            if s["task"] == "omniglot" and not data:
+                tasks.download_omniglot(path)
+            load = tasks.load_omniglot if s["task"] == "omniglot" else tasks.load_miniimagenet
+            self.images = load(path)
         except (OSError, ValueError) as error:
             hint = "" if data else "; or name the images' folder with --data"
             raise Unusable(tasks.one_line(error) + hint)
         samples = [("training", self.meta_batch()["sample"])]
-        samples += [("validation", self.sample("validation", s["shots"], s["shots"]))]
-        for k in np.atleast_1d(asked["eval_shots"]).tolist():
-            samples += [("test", self.sample("test", k, self.eval_query(k)))]
+        samples += [("validation", self.sample("validation", s["shots"]))]
+        samples += [("test", self.sample("test", k)) for k in np.atleast_1d(asked["eval_shots"]).tolist()]
         for purpose, sample in samples:
             try:
                 sample(self.stream(purpose), tasks=1)
             except ValueError as error:
                 raise Unusable(f"{path}, {SPLITS[purpose]}: {error}")
 
-    def sample(self, purpose, shots, query):
-        s = self.settings
+    def sample(self, purpose, shots, query=None):
+        s, query = self.settings, query or shots
         drawn = {"ways": s["ways"], "shots": shots, "query_shots": query, "dtype": np.dtype(s["dtype"])}
         images, rotate = self.images[SPLITS[purpose]], s["task"] == "omniglot"
         return partial(tasks.few_shot, images=images, rotate=rotate, **drawn)
 
-    def eval_query(self, shots):
-        return shots
-
     def curve(self, learned, purpose, count, shots, steps, queries="together"):
         theta, alpha = self.adaptation(learned)
-        sample, rng = self.sample(purpose, shots, self.eval_query(shots)), self.stream(purpose)
+        one = partial(curve, self.loss, theta, alpha=alpha, steps=steps, metric=self.metric)
         if self.method == "nearest":
-            found = spread(nearest_accuracy, sample, rng, count, self.parcel, self.map)
-            return np.concatenate(found, axis=1)
-        metric = self.metric
-        if queries == "alone":
-            sample = partial(with_support, sample=sample)
-            metric = partial(accuracy, self.network, outputs=alone)
-        drawn = sample, rng, count
-        return evaluate(self.loss, theta, *drawn, alpha, steps, metric, self.parcel, self.map)
-
-    def published(self, shots):
-        s = self.settings
-        key = s["task"], s["method"], shots, s["ways"], s["net"]
-        return PAPER.get(key, {}) if shots == s["shots"] else {}
+            one = nearest_accuracy
+        elif queries == "alone":
+            one = partial(curve_alone, self.network, self.loss, theta, alpha=alpha, steps=steps)
+        drawn = self.sample(purpose, shots), self.stream(purpose), count
+        return np.concatenate(spread(one, *drawn, self.parcel, self.map), axis=1)
 
 
 class PretrainedImages(ImageExperiment):
@@ -651,8 +620,8 @@ class PretrainedImages(ImageExperiment):
         """As many images as MAML meets, as one task."""
         s, outputs = self.settings, self.classifier.outputs[0]
         count, dtype = s["meta_batch"] * s["ways"] * (s["shots"] + s["query"]), np.dtype(s["dtype"])
-        draw = partial(tasks.labelled, images=self.images["train"], count=count, outputs=outputs, dtype=dtype)
-        return {"sample": partial(joint_sample, draw=draw), "tasks": 1}
+        drawn = {"images": self.images["train"], "count": count, "outputs": outputs, "dtype": dtype}
+        return {"sample": partial(tasks.labelled, **drawn), "tasks": 1}
 
     def outer_gradient(self):
         return partial(joint_gradient, nets.cross_entropy(self.classifier))
@@ -666,20 +635,9 @@ class PretrainedImages(ImageExperiment):
         return theta, self.inner_rate()
 
 
-def joint_sample(rng, tasks, draw):
-    """One data set, as support and query both."""
-    batch = draw(rng)
-    return batch, batch
-
-
 def nearest_accuracy(support, query):
     """The baseline without learning: the share of queries that it gets right, [1, T]."""
     return (tasks.nearest(support, query) * query[1]).sum(axis=-1).mean(axis=1)[None].astype(float)
-
-
-def perceptron(shape, ways):
-    """The authors' network without convolutions."""
-    return nets.mlp((math.prod(shape), 256, 128, 64, 64, ways), normalize=True)
 
 
 def together(network, theta, x):
@@ -687,10 +645,9 @@ def together(network, theta, x):
     return network.forward(theta, x)[0]
 
 
-def alone(network, theta, x):
-    """The outputs for x = (queries, support images), each query normalised with the support set alone."""
-    queries, support = x
-    sets = (np.concatenate([support, queries[:, i : i + 1]], axis=1) for i in range(queries.shape[1]))
+def alone(network, theta, x, support):
+    """The outputs for queries x, each normalised with the support images alone."""
+    sets = (np.concatenate([support, x[:, i : i + 1]], axis=1) for i in range(x.shape[1]))
     return np.concatenate([network.forward(theta, one)[0][:, -1:] for one in sets], axis=1)
 
 
@@ -700,10 +657,10 @@ def softmax(out):
     return chances / chances.sum(axis=-1, keepdims=True)
 
 
-def with_support(rng, tasks, sample):
-    """A sample, but of queries as `alone` has them."""
-    support, (x, y) = sample(rng, tasks=tasks)
-    return support, ((x, support[0]), y)
+def curve_alone(network, loss, theta, support, query, alpha, steps):
+    """`curve` of the accuracy on queries, each `alone`."""
+    metric = partial(accuracy, network, outputs=partial(alone, support=support[0]))
+    return curve(loss, theta, support, query, alpha, steps, metric)
 
 
 def accuracy(network, theta, x, y, outputs=together):
@@ -736,9 +693,9 @@ def classify(models, args):
         if len(classes) != s["ways"]:
             raise Unusable(f"{args.adapt}: {len(classes)} classes, and the model is {s['ways']}-way")
         theta, alpha = experiment.adaptation(learned)
-        steps = cli.evaluation_of(EVALUATION, s, args)["eval_steps"]
+        steps = cli.settled(EVALUATION, args, s)["eval_steps"]
         theta = adapt(experiment.loss, theta, support, alpha, steps)
-        out = alone(network, theta, (x, support[0]))[0]
+        out = alone(network, theta, x, support[0])[0]
         if not np.isfinite(out).all():
             raise FloatingPointError(
                 f"the outputs diverge within {steps} steps: lower --alpha or --eval-steps"

@@ -451,7 +451,7 @@ def trust_region_step(theta, value, gradient, product, objective, max_kl, cg_ste
 
 # The authors' settings (not all are the paper's); locomotion's lam and cg_steps: README, departure 14.
 TASKS = cli.COMMANDS["rl.py"]
-share = cli.number(float, 0, "share (0 to 1)", high=1)
+share = cli.number(float, 0, 1, "share (0 to 1)")
 # fmt: off
 SETTINGS = cli.table_of(  # what a checkpoint keeps
     TASKS,
@@ -662,23 +662,20 @@ experiment_of, train = Experiment, maml.train
 
 
 def build_parser():
-    """The command's flags. A flag that was not given is None, and settled by `settings_of`."""
+    """The command's flags. A flag that was not given is None, and settled by `cli.settings_of`."""
     what = "MAML with TRPO for reinforcement learning"
     first_order = {"dest": "order", "const": 1, "help": "short for --method maml --order 1"}
     workers = "sample the trajectories (default: one for each core; navigation, none)"
     return cli.parser_of(sys.modules[__name__], what, first_order, workers)
 
 
-def settings_of(args):
-    """What a checkpoint keeps, from the flags and the task's defaults."""
-    named = cli.task_and_method(args, TASKS)
-    task, method = named.values()
-    usual = {} if method == "maml" else {"steps": 0, "alpha": ALPHA[method][TASKS.index(task)]}
+def conditional_defaults(args, task, method):
+    """The defaults that depend on the method: {setting: value}; Unusable where flags do not go together."""
     if args.steps and method != "maml":
         raise Unusable(f"--steps is for --method maml; --baseline {method} trains with no inner step")
     if args.backtrack in (0, 1):
         raise Unusable(f"--backtrack {args.backtrack} never shortens a step; give one between 0 and 1")
-    return named | cli.settled(SETTINGS, task, args, usual, {})
+    return {} if method == "maml" else {"steps": 0, "alpha": ALPHA[method][TASKS.index(task)]}
 
 
 # Pictures --------------------------------------------------------------------------------------

@@ -66,10 +66,8 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
     same for support and query (paper, section 5.2). ValueError where there are too few classes or images.
     """
     if len(images.shape) != 5 or images.dtype != np.uint8 and images.dtype.kind != "f":
-        found = f"{images.dtype} {images.shape}"
-        raise ValueError(
-            f"images are {found}; expected uint8 or floats, [classes, each, height, width, channels]"
-        )
+        expected = "uint8 or floats, [classes, each, height, width, channels]"
+        raise ValueError(f"images are {images.dtype} {images.shape}; expected {expected}")
     if min(tasks, ways, shots, query_shots) < 1:
         raise ValueError(f"{tasks=}, {ways=}, {shots=}, {query_shots=}; expected 1 or more of each")
     classes, each, height, width = images.shape[:4]
@@ -90,16 +88,17 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
     return _labelled(x[:, :, :shots], dtype), _labelled(x[:, :, shots:], dtype)
 
 
-def labelled(rng, images, count, outputs, dtype=np.float32):
-    """`count` images of any classes, as one task -> x [1, count, h, w, c], y [1, count, outputs].
+def labelled(rng, images, tasks, count, outputs, dtype=np.float32):
+    """`count` images of any classes a task -> support, query, both the same x [tasks, count, h, w, c], y.
 
-    images as in `few_shot`. Class i is one-hot at i; outputs beyond the classes are never a target.
+    images as in `few_shot`. y [tasks, count, outputs]: class i at i; outputs beyond them are never a target.
     """
     classes, each = images.shape[:2]
     if classes > outputs:
         raise ValueError(f"there are {classes} training classes, and the classifier has {outputs} outputs")
-    drawn, picked = rng.integers(classes, size=count), rng.integers(each, size=count)
-    return _scaled(np.asarray(images)[drawn, picked], dtype)[None], np.eye(outputs, dtype=dtype)[drawn][None]
+    drawn, picked = rng.integers(classes, size=(tasks, count)), rng.integers(each, size=(tasks, count))
+    batch = _scaled(np.asarray(images)[drawn, picked], dtype), np.eye(outputs, dtype=dtype)[drawn]
+    return batch, batch
 
 
 def nearest(support, query):
@@ -174,7 +173,7 @@ def load_omniglot(path):
     images = _cached(path, "omniglot", ["omniglot 28 area 1", *stamps], lambda: _characters(parts))
     file, classes = images.file, len(images)
     if classes != 1623:
-        print(f"{path}: {classes} characters, where all of Omniglot has 1623", file=sys.stderr)
+        tell(f"{path}: {classes} characters, where all of Omniglot has 1623")
     one, two = classes * 1100 // 1623, classes * 1200 // 1623
     return {"train": Split(file, 0, one), "val": Split(file, one, two), "test": Split(file, two, classes)}
 
@@ -192,9 +191,8 @@ def _part(path, part):
     except OSError as error:
         raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
     if not stats:
-        raise ValueError(
-            f"{path}: neither {file.name} nor {part}/*/*/*.png; fetch {OMNIGLOT_URL}/{file.name}"
-        )
+        found = f"neither {file.name} nor {part}/*/*/*.png"
+        raise ValueError(f"{path}: {found}; fetch {OMNIGLOT_URL}/{file.name}")
     stamps = [(name, s.st_size, s.st_mtime_ns) for name, s in stats.items()]
     return stamps, lambda: dict.fromkeys(stats, lambda name: open(path / name, "rb"))
 
@@ -208,9 +206,8 @@ def _zipped(file, data):
         if not names:
             raise ValueError(f"it holds no {file.stem}/*/*/*.png")
     except Exception as error:
-        raise ValueError(
-            f"{file}: no whole zip file ({one_line(error)}); fetch {OMNIGLOT_URL}/{file.name} again"
-        ) from error
+        hint = f"fetch {OMNIGLOT_URL}/{file.name} again"
+        raise ValueError(f"{file}: no whole zip file ({one_line(error)}); {hint}") from error
     return dict.fromkeys(names, archive.open)
 
 
@@ -221,9 +218,8 @@ def _characters(parts):
     each = max(map(len, classes.values()))
     for name, files in classes.items():
         if len(files) < each:
-            raise ValueError(
-                f"{name}: {len(files)} images, where others have {each}; fetch the archive again"
-            )
+            found = f"{len(files)} images, where others have {each}"
+            raise ValueError(f"{name}: {found}; fetch the archive again")
     names, weights = np.random.default_rng(0).permutation(sorted(classes)), area_weights(105, 28)
     packed = (np.array([_pixels(file, openers[file]) for file in classes[name]]) for name in names)
     ink = (1 - np.unpackbits(rows, axis=-1, count=105) for rows in packed)
@@ -261,14 +257,14 @@ def _pixels(name, opener):
 
 
 def download_omniglot(folder, url=OMNIGLOT_URL, md5=OMNIGLOT_MD5, timeout=20):
-    """Fetch the zips that `folder` lacks from the data set's own repository, with progress on stderr.
+    """Fetch the zips that `folder` lacks, packed or not, from the data set's repository; progress on stderr.
 
     A zip takes its name only when it is whole: MD5 checked, no more than 32 MB. ValueError where the network
     fails, or says nothing for `timeout` seconds: what to fetch, and where to put it.
     """
     for name, digest in md5.items():
         file = Path(folder, name)
-        if file.exists():
+        if file.exists() or file.with_suffix("").is_dir():
             continue
         try:
             with urllib.request.urlopen(f"{url}/{name}", timeout=timeout) as response:
@@ -281,9 +277,8 @@ def download_omniglot(folder, url=OMNIGLOT_URL, md5=OMNIGLOT_MD5, timeout=20):
             with replacing(file) as opened:
                 opened.write(data)
         except Exception as error:
-            raise ValueError(
-                f"cannot fetch {url}/{name} ({one_line(error)}): fetch it and put it into {folder}"
-            ) from error
+            hint = f"fetch it and put it into {folder}"
+            raise ValueError(f"cannot fetch {url}/{name} ({one_line(error)}): {hint}") from error
 
 
 # MiniImagenet ----------------------------------------------------------------------------------
@@ -310,7 +305,7 @@ def _photos(path, split):
     if not count:
         raise ValueError(f"{folder / small}: no images; add some, or remove it")
     if any(len(files) > count for files in classes.values()):
-        print(f"{folder}: every class is cut to the {count} images of {small}", file=sys.stderr)
+        tell(f"{folder}: every class is cut to the {count} images of {small}")
     cut = [(name, files[:count]) for name, files in classes.items()]
 
     def build():
@@ -327,9 +322,8 @@ def _folders(folder):
         files = [filter(_image, os.scandir(folder / name)) for name in classes]
         stats = [sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in some) for some in files]
     except OSError as error:
-        raise ValueError(
-            f"{folder}: {error.strerror}; it should be a folder of one folder per class"
-        ) from error
+        hint = "it should be a folder of one folder per class"
+        raise ValueError(f"{folder}: {error.strerror}; {hint}") from error
     if not classes:
         raise ValueError(f"{folder}: empty; it should hold one folder of images per class")
     return dict(zip(classes, stats, strict=True))
@@ -384,7 +378,17 @@ def _photo(shape, file):
         raise ValueError(f"{file}: does not decode ({one_line(error)}): replace or remove it") from error
 
 
-# Files -----------------------------------------------------------------------------------------
+# Files and messages ----------------------------------------------------------------------------
+
+
+def tell(text, end="\n", to="stderr"):
+    """Prints; where nobody reads, what is printed is dropped from then on."""
+    try:
+        print(text, end=end, file=getattr(sys, to), flush=True)
+    except (OSError, ValueError):
+        setattr(sys, to, open(os.devnull, "w"))
+    except RuntimeError:  # of a signal, while another line is being printed
+        pass
 
 
 def _usable(name):
@@ -403,10 +407,10 @@ def _counted(items, what, unit):
     try:
         for done, item in enumerate(items, 1):
             yield item
-            print(f"\r{what} {done} {unit}", end="", file=sys.stderr, flush=True)
+            tell(f"\r{what} {done} {unit}", end="")
     finally:
         if done:
-            print(file=sys.stderr)
+            tell("")
 
 
 def _cached(folder, name, key, build):
@@ -423,7 +427,7 @@ def _cached(folder, name, key, build):
             return Split(place, 0, _write(place, key, build))
         except OSError as error:
             reason = error
-    where = f"{places[0]} and {places[1]}"
+    where = " and ".join(map(str, places))
     raise ValueError(f"{where}: cannot be written ({reason.strerror}): free space, or set XDG_CACHE_HOME")
 
 

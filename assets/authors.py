@@ -20,7 +20,7 @@ def main(given=None, made=None):
         raise cli.Unusable("name the weights, and a model that is not there yet: IN.npy OUT.npz")
     try:
         theta = np.asarray(np.load(given))
-        settings = maml.settings_of(maml.build_parser().parse_args(["--task", "miniimagenet"]))
+        settings = cli.settings_of(maml.build_parser().parse_args(["--task", "miniimagenet"]), maml)
         size = maml.experiment_of(settings).network.size
         if (theta.shape, theta.dtype) != ((size,), np.float32):
             raise ValueError(f"{given} is {theta.dtype} {theta.shape}; expected float32 ({size},)")
