@@ -62,12 +62,9 @@ class Network:
 
     def unflatten(self, theta):
         """theta [P] or [T, P] -> {name: array [..., *shape]}, views of theta; autograd can trace it."""
-        arrays, start = {}, 0
-        for name, shape in self.shapes.items():
-            stop = start + math.prod(shape)
-            arrays[name] = anp.reshape(theta[..., start:stop], theta.shape[:-1] + shape)
-            start = stop
-        return arrays
+        stops = [*itertools.accumulate(map(math.prod, self.shapes.values()))]
+        parts = zip(self.shapes.items(), anp.split(theta, stops[:-1], axis=-1))
+        return {name: anp.reshape(part, theta.shape[:-1] + shape) for (name, shape), part in parts}
 
     def apply(self, theta, x):
         """f_theta(x), the definition: x [T, n, *inputs] -> [T, n, *outputs]."""
@@ -144,9 +141,8 @@ def mlp(sizes, normalize=False, draw=None, activation=None):
     for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes), 1):
         normal = normalize and i < last
         layers += [Dense(inputs, outputs, (f"w{i}",) if normal else (f"w{i}", f"b{i}"), draw, first=i == 1)]
-        layers += [BatchNorm(outputs, f"beta{i}")] if normal else []
-        layers += [activation()] if i < last else []
-    return Network(layers, (sizes[0],), (sizes[-1],))
+        layers += [BatchNorm(outputs, f"beta{i}"), activation()] if normal else [activation()]
+    return Network(layers[:-1], (sizes[0],), (sizes[-1],))
 
 
 def convnet(shape, ways, filters=64, pool=False):
@@ -212,14 +208,6 @@ def _flat(x):
     return x.reshape(-1, x.shape[-1])
 
 
-def _append_one(x):
-    """[x, 1]: x with a column of ones appended."""
-    a = np.empty(x.shape[:-1] + (x.shape[-1] + 1,), x.dtype)
-    a[..., :-1] = x
-    a[..., -1] = 1
-    return a
-
-
 class Dense:
     """out = x w + b; in closed form out = [x, 1] [w; b], so that biases need no code of their own.
 
@@ -228,17 +216,18 @@ class Dense:
     """
 
     def __init__(self, inputs, outputs, names, draw=truncated_normal, first=False):
-        self.bias, self.draw, self.first = len(names) == 2, draw, first
+        self.draw, self.first = draw, first
         self.shapes = dict(zip(names, [(inputs, outputs), (outputs,)]))
-        self.view = (inputs + self.bias, outputs)
+        self.view = (inputs + len(names) - 1, outputs)
 
     def apply(self, x, w, b=None):
         out = anp.matmul(x, w)
-        return out + b[..., None, :] if self.bias else out
+        return out if b is None else out + b[..., None, :]
 
     def forward(self, w, x):
         inputs = x.shape[-1]
-        a = _append_one(x) if self.bias else x
+        a = np.empty(x.shape[:-1] + self.view[:1], x.dtype)
+        a[..., :inputs], a[..., inputs:] = x, 1
         wt = w[..., :inputs, :].mT
 
         def backward(u, g):
@@ -366,12 +355,8 @@ class SpatialMean(_Fixed):
         return anp.mean(x, axis=(2, 3))
 
     def forward(self, _, x):
-        area = x.shape[2] * x.shape[3]
-
-        def spread(u):
-            return np.broadcast_to((u / area)[:, :, None, None], x.shape).copy()  # for Relu to write into
-
-        return _linear(self.apply(x), self.apply, spread)
+        shape, area = x.shape, x.shape[2] * x.shape[3]
+        return _linear(self.apply(x), self.apply, lambda u: (u / area).repeat(area, axis=1).reshape(shape))
 
 
 class Flatten(_Fixed):
@@ -405,7 +390,7 @@ class BatchNorm:
     def forward(self, beta, x):
         shape = x.shape
         z = _rows(x) - _mean(_rows(x))
-        s = np.sqrt(_mean(z * z) + x.dtype.type(EPSILON))
+        s = np.sqrt(_mean(z * z) + EPSILON)
         z /= s
 
         def project(u):
@@ -596,10 +581,10 @@ class FirstBlock:
     def forward(self, w, x):
         a, shape = _centred_patches(x, self.conv.stride)
         moments = (a @ a.mT[..., :-1]).sum(axis=1)  # not a @ a.mT, whose symmetric product is slower
-        covariance = moments[:, :-1] / x.dtype.type(math.prod(shape[1:]))
+        covariance = moments[:, :-1] / math.prod(shape[1:])
         w, beta = w[..., :-1, :], w[..., -1:, :]
         cw = covariance @ w
-        s = np.sqrt(_dot(w, cw) + x.dtype.type(EPSILON))
+        s = np.sqrt(_dot(w, cw) + EPSILON)
         w, cw = w / s, cw / s
 
         def times(w, beta):
