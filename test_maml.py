@@ -207,12 +207,14 @@ def test_a_network_may_begin_with_any_layer(first):
 def test_float32_stays_float32_and_agrees(p):
     (theta,), support, query = single(p.theta), single(*p.support), single(*p.query)
     for loss in (p.loss, hidden(p.loss)):
-        for alpha in (0.05, np.float64(0.05), np.full_like(theta, 0.05)):
+        for alpha in (0.05, np.float64(0.05), np.array(0.05), np.full_like(theta, 0.05)):
             value, g = maml.meta_gradient(loss, theta, support, query, alpha, 2)
             assert value.dtype == g.dtype == np.float32
             assert maml.adapt(loss, theta, support, alpha, 2).dtype == np.float32
             assert maml.curve(loss, theta, support, query, alpha, 1, loss).dtype == np.float32
     assert error(g, maml.meta_gradient(p.loss, p.theta, p.support, p.query, 0.05, 2)[1]) < 1e-3
+    each = maml.curve(p.loss, p.theta, p.support, p.query, 0.05, 0, lambda theta, *_: theta[:, 0])
+    assert each.shape == (1, len(p.each)), "a metric sees theta [T, P] before adaptation too"
 
 
 def test_theta_is_laid_out_as_documented():
@@ -382,6 +384,13 @@ def test_meta_sgd_is_the_gradient_by_theta_and_alpha(p):
     value, g = maml.meta_sgd_gradient(p.loss, both, p.support, p.query, p.steps)
     assert error(value, outer(both)) < 1e-12
     assert error(g, grad(outer)(both)) < 1e-9
+
+
+@given(problems(normalize=(False,)))
+def test_joint_training_descends_the_support_loss_at_theta(p):
+    value, g = maml.joint_gradient(p.loss, p.theta, p.support, p.query)
+    assert error(g, p.loss.grad(p.theta, *p.support).mean(axis=0)) < 1e-12
+    assert error(value, p.loss(p.theta, *p.support).mean()) < 1e-12
 
 
 @given(problems(normalize=(False,)))
@@ -645,6 +654,7 @@ def test_labelled_images_carry_their_class_and_so_does_the_nearest():
     (x, y), _ = tasks.labelled(np.random.default_rng(0), images, 1, 50, 6)
     assert x.shape == (1, 50, 1, 1, 1) and x.dtype == y.dtype == np.float32
     assert np.array_equal(y[0].argmax(axis=-1), np.round(x.ravel() * 255 / 10).astype(int) // 3)
+    assert len(np.unique(x)) == 12, "any image of a class"
     support = np.array([[[0.0, 0], [3, 0], [0, 3]]]), np.eye(3)[None]
     found = tasks.nearest(support, (np.array([[[2.0, 0], [1, 2], [0.1, 0]]]), None))
     assert found.argmax(axis=-1).tolist() == [[1, 2, 0]]
@@ -815,6 +825,10 @@ def test_a_failed_download_says_what_to_fetch_and_leaves_nothing(folder, capsys,
     assert there != "endless" or capsys.readouterr().err.endswith(" 32 MB\n")
 
 
+def test_what_is_unpacked_is_not_fetched(tmp_path):
+    tasks.download_omniglot(unpacked(tmp_path, drawn()[0]), "file:///nowhere")
+
+
 def test_the_command_fetches_what_its_own_folder_lacks_and_tries_again(folder, monkeypatch, capsys):
     def fetch(path):
         calls.append(path)
@@ -977,6 +991,9 @@ def test_wrong_shapes_dtypes_and_values_are_named():
     for call, message in [
         (lambda: p.loss(theta[1:], x, y), rf"\({size - 1},\).*\({size},\)"),
         (lambda: p.loss.grad(theta, x[..., :1], y), r"\(2, 3, 1\).*tasks, examples"),
+        (lambda: p.network.apply(theta[None, None], x), r"theta has shape \(1, 1, 13\)"),
+        (lambda: p.network.apply(theta.astype(int), x.astype(int)), "x is int64 and theta int64"),
+        (lambda: nets.mlp((1, 1)).apply(np.zeros(2), y[..., 0]), "expected .tasks, examples"),
         (lambda: p.loss.grad(p.each[:1], x, y), r"\(1, 13\).*\(2, 3, 2\)"),
         (lambda: p.loss(theta, x, y[:, :2]), r"\(2, 2, 1\).*\(2, 3, 1\)"),
         (lambda: p.loss.grad(theta, x, y[..., 0]), r"\(2, 3\).*\(2, 3, 1\)"),
@@ -1000,6 +1017,9 @@ def test_wrong_shapes_dtypes_and_values_are_named():
         (lambda: maml.meta_gradient_recomputed(p.loss, *p.args, kept=-1), "kept = -1"),
         (lambda: nets.convnet((8, 8, 3), 2, pool=True), "16x16 pixels or more"),
         (lambda: tasks.sinusoid(np.random.default_rng(0), 0, 1, 1), "tasks=0, shots=1, query_shots=1; exp"),
+        (lambda: nets.convnet((16, 8, 3), 2, pool=True), "16x16 pixels or more"),
+        (lambda: tasks.sinusoid(p.rng, 1, 0, 1), "tasks=1, shots=0, query_shots=1; exp"),
+        (lambda: tasks.sinusoid(p.rng, 1, 1, 0), "tasks=1, shots=1, query_shots=0; exp"),
         (lambda: tasks.labelled(p.rng, stamped(4), 1, 5, 3), "4 training classes.*3 outputs"),
         (lambda: few_shot(ways=7), "7-way task needs 7 classes"),
         (lambda: few_shot(shots=4, query_shots=2), "4 support and 2 query"),
@@ -1010,6 +1030,7 @@ def test_wrong_shapes_dtypes_and_values_are_named():
         (lambda: few_shot(ways=0), "tasks=2, ways=0, shots=1, query_shots=1; expected 1 or more"),
         (lambda: few_shot(shots=0), "shots=0, query_shots=1; expected 1 or more"),
         (lambda: few_shot(tasks=0), "tasks=0, .*expected 1 or more"),
+        (lambda: few_shot(query_shots=0), "query_shots=0; expected 1 or more"),
     ]:
         with refused(message):
             call()
@@ -1109,6 +1130,9 @@ def test_every_method_and_baseline_writes_its_table_and_log_and_evaluates_alike(
     assert [row["iteration"] for row in rows_of("log.csv")] == ["30", "40"] * (kind != "random")
     assert command("--evaluate a.npz --eval-tasks 8") == 0
     assert capsys.readouterr().out == table
+    shutil.copy("a.npz", "b.npz")
+    assert command("--evaluate a.npz b.npz --eval-tasks 2") == 0
+    assert re.findall(r"meta-iterations, (.*)", capsys.readouterr().out) == ["a.npz", "b.npz"]
 
 
 SMALL_GLYPHS = "--task omniglot --data glyphs --filters 3 --ways 3 --meta-batch 5 --beta 0.02"
@@ -1195,6 +1219,7 @@ def test_ctrl_c_ends_the_next_meta_iteration_and_a_second_one_this(
     hint = way_on if save else "nothing was saved (no --save)"
     line = f"interrupted at iteration {at}: {hint}" if presses == 1 else "interrupted"
     assert capsys.readouterr().err.endswith(f"maml.py: {line}\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert os.path.exists("a.npz") == (presses == 1 and bool(save))
     if os.path.exists("a.npz"):
         assert int(arrays("a.npz")["iteration"]) == at
@@ -1226,6 +1251,8 @@ def test_evaluation_may_fine_tune_at_another_rate_and_says_what_diverged(glyphs,
         assert "median inf, 8 of 8 diverged" in capsys.readouterr().out
         assert command("--evaluate b.npz --data glyphs", few, 1e38) == 0
         assert "8 of 8 diverged" in capsys.readouterr().out
+    assert command("--evaluate a.npz --results r.csv", few, 0) == 0
+    assert len({row["mean"] for row in rows_of("r.csv") if row["shots"] == "5"}) == 1, "a rate of 0 is one"
 
 
 @pytest.fixture(scope="module")
@@ -1236,12 +1263,14 @@ def files(tmp_path_factory, omniglot):
     assert command(QUICK, "--save", good) == 0
     assert command(GLYPHS, "--data", omniglot, "--ways 3", few, folder / "glyphs.npz") == 0
     assert rl_command(WALK, few, folder / "walk.npz") == 0
+    assert command(QUICK, "--method meta-sgd", few, folder / "sgd.npz") == 0
     cheetah = rl_experiment("cheetah-dir")
     cli.save_weights(str(folder / "cheetah.npz"), cheetah.settings, cheetah.start().theta, 0)
     (folder / "glyphs").symlink_to(omniglot)
     unpacked(folder / "photographs", {f"{split}/a/{i}.png": b"" for split in SPLITS for i in range(16)})
     unpacked(folder, {"own/third/notes.txt": b"", "afile": b"mine", "empty": b"", "lone.best.npz": b""})
     unpacked(folder, {"cut.npz": good.read_bytes()[:-300]})
+    unpacked(folder, dict.fromkeys(("two/a/1.png", "two/2.png"), png(glyph(0)[0])))
     os.mkfifo(folder / "fifo")
     np.savez(folder / "other.npz", weights=np.ones(3))
     np.savez(folder / "pickled.npz", theta=np.array([{}], object), settings="{}")
@@ -1295,6 +1324,9 @@ BAD = {
         ("--adapt own", "needs a trained model"),
         ("--evaluate glyphs.npz --adapt own", "own/third: no JPEG or PNG"),
         ("--evaluate glyphs.npz --adapt .", "no JPEG or PNG"),
+        ("--evaluate glyphs.npz --adapt two", "two: 1 classes, and the model is 3-way"),
+        ("--evaluate good.npz --adapt own", "for networks of images, not sinusoid, maml"),
+        ("--evaluate sgd.npz --alpha 1", "was trained with alpha 0.01, not 1.0"),
         ("--evaluate glyphs.npz --adapt own --results r.csv", "--results does not go with it"),
         ("--evaluate good.npz --resume good.npz", "--resume does not go"),
         ("--evaluate good.npz --save b.npz", "--save does not go"),
@@ -1345,7 +1377,7 @@ BAD = {
         ("--task navigation --alpha -1", "--alpha"),
         ("--task navigation --trajectories 0", "--trajectories"),
         ("--task navigation --discount 2", "share .0 to 1.*2"),
-        ("--task navigation --backtrack 1", "--backtrack 1.0 never shortens"),
+        *[(f"--task navigation --backtrack {x}", f"--backtrack {x}.0 never shortens") for x in (0, 1)],
         ("--task navigation --baseline oracle --steps 1", "--steps is for --method maml"),
         ("--evaluate walk.npz --steps 3", "trained with steps 1, not 3"),
         ("--evaluate walk.npz cheetah.npz --plot a.png", "one kind of task"),
@@ -1560,7 +1592,7 @@ def test_defaults_are_the_papers_and_the_authors():
         (maml, "omniglot --method reptile", {"steps": 10}),
         (maml, "miniimagenet --shots 5", {"steps": 5, "meta_batch": 2, "query": 15, "alpha": 0.05}),
         (maml, "miniimagenet", {"filters": 32}),
-        (rl, "cheetah-vel --baseline pretrained", {"alpha": 0.02}),
+        (rl, "cheetah-vel --baseline pretrained", {"alpha": 0.02, "steps": 0}),
         (rl, "cheetah-vel --baseline random", {"alpha": 0.1}),
         (rl, "ant-dir --baseline pretrained", {"alpha": 0.2}),
         (rl, "navigation --baseline random", {"alpha": 0.5}),
@@ -1592,16 +1624,21 @@ def test_a_score_is_of_validation_tasks_after_adaptation_where_there_is_some():
         (rl, "--task navigation --baseline oracle", -26.5),
     ]:
         experiment, asked = experiment_of(words, module=module), []
-        experiment.curve = lambda _, purpose, *rest: asked.append(purpose) or curve
+        experiment.curve = given = lambda _, purpose, *rest: asked.append(purpose) or curve
         if module is maml:
             row, _, selects = experiment.measure(maml.State.start(np.zeros(1)), 0.5)
             assert row == (0.5, -100, score) and selects == (score if experiment.keeps_best else None)
+            experiment.curve = lambda *_: np.array([[0.5, 0.5], [1.0, np.nan]])
+            row, experiment.curve = experiment.measure(maml.State.start(np.zeros(1)), 0.5)[0], given
+            assert row[2] == (1 + experiment.worst) / 2, "a task that diverged counts as the worst"
         else:
             assert experiment.score(None) == score
         assert set(asked) == {"validation"}
         each = "eval_tasks eval_steps eval_shots eval_trajectories".split()
         list(experiment.test(None, dict.fromkeys(each, 1)))
         assert asked[-1] == "test"
+    experiment.curve = lambda *_: np.array([[np.nan]])
+    assert [*experiment.test(None, dict.fromkeys(each, 1))][0][1][0]["mean"] == -np.inf
 
 
 @pytest.mark.parametrize("task, turned", [("omniglot", True), ("miniimagenet", False)])
@@ -1669,6 +1706,15 @@ def test_miniimagenets_meta_gradient_is_clipped_on_the_authors_scale(shots, clip
     steep = partial(maml.adam_step, state, None, lambda *_: (0.0, np.array([9.0, -9.0, 0.01])))
     moments = steep(sample=lambda *_, tasks: (0, 0), tasks=1, beta=0.1, clip=clip)[0].moments
     assert np.allclose(10 * moments[0], [clip, -clip, 0.01])
+    for found in ((np.nan, np.ones(3)), (0.0, np.array([1, np.inf, 1]))):
+        with pytest.raises(FloatingPointError, match="at iteration 1"):
+            maml.adam_step(state, None, lambda *_, found=found: found, lambda *_, tasks: (0, 0), 1, 0.1)
+
+
+def test_the_papers_figures_are_of_its_shots_in_training_and_at_test():
+    assert experiment_of("--task omniglot").published(1) and experiment_of("--task sinusoid").published(5)
+    assert not experiment_of("--task omniglot").published(5)
+    assert not experiment_of("--task sinusoid --shots 5").published(5)
 
 
 def test_a_test_task_has_the_papers_queries():
@@ -2022,6 +2068,8 @@ def test_the_line_search_keeps_to_the_limit_and_damping_counts():
 
     theta, j, divergence = step(1, 0.0, lambda trial: (-1.0, float(trial @ trial)))
     assert 0 < divergence <= 0.02 and j == 1
+    for just, tries in {0.495: 0, 0.505: 1}.items():
+        assert step(1, 0.0, lambda trial, just=just: (-1.0, just * float(trial @ trial)))[1] == tries
     plain, damped = (step(*metric, lambda _: (-1.0, 0.0))[0] for metric in ((4, 0.0), (1, 3.0)))
     assert error(damped, plain) < 1e-12
 
