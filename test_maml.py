@@ -1400,7 +1400,7 @@ def test_bad_use_is_one_line_and_exit_code_2_and_changes_nothing(
     elif "glyphs.npz --adapt" in words:
         pytest.importorskip("PIL", reason="needs pillow")
     monkeypatch.chdir(files)
-    monkeypatch.setattr(maml, "train", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("training began"))
     before = contents(files)
     assert command(words, module=module) == 2
     out, err = capsys.readouterr()
