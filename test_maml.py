@@ -1186,7 +1186,8 @@ def test_a_damaged_tail_of_the_log_is_healed(folder, monkeypatch):
     monkeypatch.setattr(maml.Experiment, "log_every", 10)
     command(QUICK, "--iterations 60 --log whole.csv")
     command(QUICK, "--iterations 30 --save part.npz --log part.csv")
-    for tail in ("", "30,", "40,9,9,9\n50,9,", "\0\0\0\0", "30,1,1,1,1\nx,1,1,1", "²,1,1,1"):
+    tails = ["", "30,", "40,9,9,9\n50,9,", "40,,,", "\0\0\0\0", "40,1,1,1,1\nx,1,1,1", "40,0.1,0.2,0.3"]
+    for tail in [*tails, "30,1,1,1,1", "²,1,1,1"]:
         shutil.copy("part.npz", "a.npz")
         Path("a.csv").write_text(Path("part.csv").read_text() + tail)
         assert command("--resume a.npz --iterations 60 --log a.csv --eval-tasks 2") == 0
@@ -1214,12 +1215,13 @@ def test_ctrl_c_ends_the_next_meta_iteration_and_a_second_one_this(
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(cli.Progress, "show", interrupting)
+    before = signal.signal(signal.SIGINT, handler := lambda *_: None)
     assert command(QUICK, save, "--eval-shots 5 7") == 130
+    assert signal.signal(signal.SIGINT, before) is handler, "given back"
     way_on = f"saved; go on with {hint} --eval-tasks 8 --eval-shots 5 7"
     hint = way_on if save else "nothing was saved (no --save)"
     line = f"interrupted at iteration {at}: {hint}" if presses == 1 else "interrupted"
     assert capsys.readouterr().err.endswith(f"maml.py: {line}\n")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert os.path.exists("a.npz") == (presses == 1 and bool(save))
     if os.path.exists("a.npz"):
         assert int(arrays("a.npz")["iteration"]) == at
@@ -1785,7 +1787,12 @@ def alive(pid):
 @pytest.mark.parametrize(
     "words, until, code, line",
     [
-        ("--evaluate a.npz --eval-tasks 300000", "evaluating", 130, "interrupted: --evaluate makes"),
+        (
+            "--evaluate a.npz --eval-tasks 300000",
+            "evaluating",
+            130,
+            "interrupted: --evaluate makes the table",
+        ),
         (WORKERS, "workers", 130, "maml.py: interrupted"),
         (WORKERS, "b.npz", 1, "maml.py: a worker was lost; --resume goes on"),
     ],
