@@ -55,6 +55,7 @@ import tasks
 HERE = Path(__file__).resolve().parent
 settings.register_profile("maml", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("maml")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 
 
 def error(found, expected):
