@@ -419,7 +419,7 @@ EVAL_QUERY = 100  # query points of a test sinusoid: the figure is the paper's, 
 DIVERGED = 100.0  # of a sinusoid's error: four times the largest amplitude squared
 SPLITS = {"training": "train", "validation": "val", "test": "test"}
 STREAMS = ("training", "test", "validation", "init")
-KEPT_STEPS = 5  # the last inner steps whose products keep what they read
+MANY_STEPS, KEPT_STEPS = 5, 2  # with more inner steps, the last two keep what their products read
 
 
 class Experiment:
@@ -562,7 +562,7 @@ class ImageExperiment(Experiment):
         self.loss = nets.cross_entropy(self.network)
         self.metric = partial(accuracy, self.network)
         self.parcel = 1 if mini or ways > 10 else max(1, 8 // settings["shots"])
-        if settings["steps"] > KEPT_STEPS:
+        if settings["steps"] > MANY_STEPS:
             self.meta_gradient = partial(meta_gradient_recomputed, kept=KEPT_STEPS)
         self.map = cli.processes()
         if mini:  # the authors clip to ±10 a loss that is ways · query / shots times the mean

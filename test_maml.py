@@ -456,7 +456,7 @@ def test_memory_grows_by_what_a_step_keeps():
     assert (many - few) / 90 < 4 * kept * 1.1 and many < 200e6
 
 
-def test_memory_of_a_20_way_task_hardly_grows_beyond_the_steps_it_keeps():
+def test_memory_of_a_20_way_task_hardly_grows_with_the_steps():
     images = np.random.default_rng(0).integers(256, size=(20, 2, 28, 28, 1)).astype(np.uint8)
 
     def peak(steps):
@@ -465,7 +465,7 @@ def test_memory_of_a_20_way_task_hardly_grows_beyond_the_steps_it_keeps():
         batch = experiment.sample("training", 1, 1)(np.random.default_rng(0), tasks=1)
         return peak_memory(experiment.outer_gradient(), experiment.start().theta, *batch)
 
-    assert peak(15) < 1.3 * peak(5)
+    assert peak(10) < 1.3 * peak(2)
 
 
 def test_diverged_tasks_are_counted_and_kept_in_the_mean():
@@ -1019,8 +1019,8 @@ def test_wrong_shapes_dtypes_and_values_are_named():
         (lambda: maml.meta_gradient(p.loss, *p.args, order=0), "order = 0; expected 1 or 2"),
         (lambda: maml.meta_gradient_recomputed(p.loss, *p.args, kept=-1), "kept = -1"),
         (lambda: nets.convnet((8, 8, 3), 2, pool=True), "16x16 pixels or more"),
-        (lambda: tasks.sinusoid(np.random.default_rng(0), 0, 1, 1), "tasks=0, shots=1, query_shots=1; exp"),
         (lambda: nets.convnet((16, 8, 3), 2, pool=True), "16x16 pixels or more"),
+        (lambda: tasks.sinusoid(p.rng, 0, 1, 1), "tasks=0, shots=1, query_shots=1; exp"),
         (lambda: tasks.sinusoid(p.rng, 1, 0, 1), "tasks=1, shots=0, query_shots=1; exp"),
         (lambda: tasks.sinusoid(p.rng, 1, 1, 0), "tasks=1, shots=1, query_shots=0; exp"),
         (lambda: tasks.labelled(p.rng, stamped(4), 1, 5, 3), "4 training classes.*3 outputs"),
