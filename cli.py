@@ -346,9 +346,9 @@ def main(module, argv=None):
 
     The module has build_parser(); TASKS, METHODS and BASELINES; SETTINGS and EVALUATION, the tables of what a
     checkpoint keeps and an evaluation may be asked; conditional_defaults(args, task, method) of SETTINGS;
-    experiment_of(settings), whose contract `maml.Experiment` states; train, the loop of meta-iterations;
-    plot(models, curves, log); LOWER, what to lower where training diverges; and classify(models, args), where
-    its parser has --adapt.
+    Experiment, whose contract `maml.Experiment` states, and experiment_of(settings), which makes one; train,
+    the loop of meta-iterations; plot(models, curves, log); LOWER, what to lower where training diverges; and
+    classify(models, args), where its parser has --adapt.
     """
     one_blas_thread()
     return guarded(f"{module.__name__}.py", lambda: run(module.build_parser().parse_args(argv), module))

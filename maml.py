@@ -74,11 +74,11 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
         return value.mean(), v.mean(axis=0)
     theta, trail = unroll(loss, theta, [support] * steps, alpha)
     value, v = expand(loss, theta, *query)[:2]
-    for product in trail[:0:-1]:
+    for product in reversed(trail[1:]):
         v -= product(alpha * v)
     total = v.sum(axis=0)
-    for product in trail[:1]:  # at the theta that all tasks share their products are wanted in sum
-        total -= product(alpha * v, total=True)
+    if trail:  # theta_0 is shared by all tasks, so the sum of its products will do
+        total -= trail[0](alpha * v, total=True)
     return value.mean(), total / len(v)
 
 
@@ -88,7 +88,7 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
     Of the last `kept` steps it keeps what their products read; of those before them theta_s alone, from which
     the rest is computed again: one more gradient for each of these steps.
     """
-    alpha = _checked(theta, support, alpha, steps)
+    alpha = _checked(theta, support, alpha, steps, order=2)
     if kept < 0:
         raise ValueError(f"kept = {kept}; expected 0 or more")
     thetas = [theta]
@@ -145,6 +145,7 @@ def meta_sgd_gradient(loss, theta_alpha, support, query, steps):
     `unroll`, but their gradients are kept.
     """
     theta, alpha = np.split(theta_alpha, 2)
+    alpha = _checked(theta, support, alpha, steps, order=2)
     trail = []
     for _ in range(steps):
         _, g, product = expand(loss, theta, *support)
@@ -173,19 +174,23 @@ def joint_gradient(loss, theta, support, query):
     return meta_gradient(loss, theta, support, support, 0.0, 0)
 
 
-def _checked(theta, support, alpha, steps, order=2):
-    """alpha as a Python number or an array of theta's dtype; ValueError where the arguments do not fit."""
+def _checked(theta, support, alpha, steps, order=None):
+    """alpha as a Python number or an array of theta's dtype; ValueError where the arguments do not fit.
+
+    A meta-gradient gives its `order`, and its theta is [P].
+    """
     x, y = support
     shape, dtype = getattr(theta, "shape", ()), getattr(theta, "dtype", type(theta).__name__)
-    if len(shape) not in (1, 2) or getattr(dtype, "kind", "") != "f":
-        raise ValueError(f"theta is {dtype} {shape}; expected an array of floats, [P] or [tasks, P]")
+    if len(shape) not in ((1,) if order else (1, 2)) or getattr(dtype, "kind", "") != "f":
+        expected = "[P]" if order else "[P] or [tasks, P]"
+        raise ValueError(f"theta is {dtype} {shape}; expected an array of floats, {expected}")
     if 0 in x.shape[:2]:
         raise ValueError(f"x has shape {x.shape}; expected 1 task and 1 example or more")
     if len(x) != len(y) or theta.ndim == 2 and len(theta) != len(x):
         raise ValueError(f"theta {theta.shape}, x {x.shape}, y {y.shape}: different numbers of tasks")
     if not isinstance(steps, (int, np.integer)) or steps < 0:
         raise ValueError(f"steps = {steps}; expected an integer, 0 or more")
-    if order not in (1, 2):
+    if order not in (None, 1, 2):
         raise ValueError(f"order = {order}; expected 1 or 2")
     if np.ndim(alpha) == 0:
         return float(alpha) if isinstance(alpha, (int, float, np.generic, np.ndarray)) else alpha
@@ -279,8 +284,8 @@ def spread(function, sample, rng, tasks, parcel=None, map=map):
     """[function(support, query) of each parcel of `tasks` tasks], sample(rng, tasks=n) -> support, query.
 
     A parcel is a seed and a count, and whoever computes it draws its tasks: so results do not depend on
-    `map`, which may be any function like it, e.g. an executor's, and no data travel. A single parcel is
-    drawn from rng itself.
+    `map`, which may be any function like it, e.g. an executor's, and no data travel. A single parcel, as
+    where `parcel` is None, is drawn from rng itself, here and without `map`.
     """
     sizes = parcels(tasks, parcel)
     if len(sizes) == 1:
@@ -440,6 +445,7 @@ class Experiment:
     log_every, save_every   meta-iterations
     settings, method        as the checkpoint has them
     metric_name, heading    of the table, whose figures are the metric times `scale`, to so many `digits`
+    keeps_best              whether what is evaluated is what was best on validation, else the last state
     picture                 the kind of picture: models of one kind share it
     """
 
@@ -646,7 +652,7 @@ def together(network, theta, x):
 
 
 def alone(network, theta, x, support):
-    """The outputs for queries x, each normalised with the support images alone."""
+    """The outputs for queries x, each normalised with the support images and itself."""
     sets = (np.concatenate([support, x[:, i : i + 1]], axis=1) for i in range(x.shape[1]))
     return np.concatenate([network.forward(theta, one)[0][:, -1:] for one in sets], axis=1)
 

@@ -387,7 +387,7 @@ def task_problem(loss, alpha, order, theta, batches):
     """`outer_problem` of one task, or of T at once, as a mean over them.
 
     batches are the (x, y) of each inner step, [T, n, ...], and those of the adapted policy's steps. With
-    J u = (I - alpha H_S) ... (I - alpha H_1) u, or u where order is 1,
+    J u = (I - alpha H_{S-1}) ... (I - alpha H_0) u, or u where order is 1,
 
         loss = -surrogate, its ratio 1    gradient = Jᵀ ∇L(theta'; query)    F v = Jᵀ (Fisher at theta') J v.
     """

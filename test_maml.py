@@ -1005,6 +1005,10 @@ def test_wrong_shapes_dtypes_and_values_are_named():
         (lambda: p.loss.expand(theta, x, y)[2](p.v[:, 1:]), r"\(2, 12\).*\(2, 13\)"),
         (lambda: adapt(theta.astype(int), p.support, 0.1, 1), "int64"),
         (lambda: adapt(theta.tolist(), p.support, 0.1, 1), "theta is list"),
+        (lambda: adapt(theta[None, None], p.support, 0.1, 1), r"\(1, 1, 13\).*\[P\] or \[tasks, P\]"),
+        (lambda: maml.meta_gradient(p.loss, p.each, *p.args[1:]), r"\(2, 13\).*floats, \[P\]$"),
+        (lambda: maml.meta_gradient_recomputed(p.loss, p.each, *p.args[1:]), r"\(2, 13\).*\[P\]$"),
+        (lambda: maml.meta_sgd_gradient(p.loss, np.tile(theta, 2), p.support, p.query, -1), "steps = -1"),
         (lambda: adapt(theta, (x, y[:1]), 0.1, 1), "different numbers of tasks"),
         (lambda: adapt(theta, (x[:0], y[:0]), 0.1, 1), "1 task and 1 example or more"),
         (lambda: adapt(theta, (x[:, :0], y[:, :0]), 0.1, 1), "1 task and 1 example or more"),
@@ -1519,7 +1523,7 @@ def test_short_training_on_drawn_glyphs_beats_chance_by_far(glyphs, capsys):
     assert float(row["mean"]) > 0.3
 
 
-def test_a_query_alone_is_normalised_with_the_support_set_and_nothing_else():
+def test_a_query_alone_is_normalised_with_the_support_set_and_itself():
     network, rng = nets.convnet((8, 8, 1), 3, filters=4), np.random.default_rng(0)
     theta = network.init(rng, np.float64)
     support, queries = rng.uniform(size=(2, 2, 3, 8, 8, 1))

@@ -26,7 +26,7 @@ def main(given=None, made=None):
             raise ValueError(f"{given} is {theta.dtype} {theta.shape}; expected float32 ({size},)")
     except Exception as error:  # whatever the bytes hold
         raise cli.Unusable(tasks.one_line(error))
-    cli.save_weights(made, settings, theta, 60_000)
+    cli.save_weights(made, settings, theta, 59_000)
 
 
 if __name__ == "__main__":
