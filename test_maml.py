@@ -9,10 +9,7 @@ difference steps over a kink.
 import builtins
 import csv
 import dis
-import functools
-import importlib
 import inspect
-import itertools
 import json
 import os
 import pickle
@@ -31,7 +28,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from hashlib import md5
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,10 +96,10 @@ def distance_to_kink(network, theta, x):
     return nearest
 
 
-def away_from_kinks(draw, seed, distance=2e-3):
+def away_from_kinks(draw, seed=0, distance=2e-3, **how):
     """The first draw(rng) that is: its `points` are [(network, theta, x) where it is differentiated]."""
     for attempt in range(1000):
-        problem = draw(np.random.default_rng([seed, attempt]))
+        problem = draw(np.random.default_rng([seed, attempt]), **how)
         if min(distance_to_kink(*point) for point in problem.points) > distance:
             return problem
     raise AssertionError("no problem away from the kinks was found")
@@ -137,8 +134,7 @@ class Problem:
         return x, self.rng.normal(size=(*shape, sizes[-1]))
 
 
-def problem(seed=0, **how):
-    return away_from_kinks(partial(Problem, **how), seed)
+problem = partial(away_from_kinks, Problem)
 
 
 @st.composite
@@ -214,7 +210,7 @@ def test_float32_stays_float32_and_agrees(p):
             assert value.dtype == g.dtype == np.float32
             assert maml.adapt(loss, theta, support, alpha, 2).dtype == np.float32
             assert maml.curve(loss, theta, support, query, alpha, 1, loss).dtype == np.float32
-    assert error(g, maml.meta_gradient(p.loss, p.theta, p.support, p.query, 0.05, 2)[1]) < 1e-3
+            assert error(g, maml.meta_gradient(p.loss, p.theta, p.support, p.query, 0.05, 2)[1]) < 1e-3
     each = maml.curve(p.loss, p.theta, p.support, p.query, 0.05, 0, lambda theta, *_: theta[:, 0])
     assert each.shape == (1, len(p.each)), "a metric sees theta [T, P] before adaptation too"
 
@@ -354,13 +350,10 @@ def test_quadratic_oracle(steps, size, count, seed):
         return 0.5 * anp.einsum("ti,tij,tj->t", theta - centre, matrix, theta - centre)
 
     (c, d), (a, b) = rng.normal(size=(2, count, size)), rng.normal(size=(2, count, size, size))
-    a, b = a @ a.swapaxes(1, 2), b @ b.swapaxes(1, 2) + np.eye(size)
-    expected = np.zeros(size)
-    for t in range(count):
-        k = theta
-        for _ in range(steps):
-            k = k - alpha * (a[t] @ (k - c[t]))
-        expected += np.linalg.matrix_power(np.eye(size) - a[t] * alpha, steps) @ b[t] @ (k - d[t]) / count
+    a, b = a @ a.mT, b @ b.mT + np.eye(size)
+    jacobian = np.linalg.matrix_power(np.eye(size) - alpha[:, None] * a, steps)  # of theta_k, by theta
+    adapted = c + np.einsum("tij,tj->ti", jacobian, theta - c)
+    expected = np.einsum("tji,tjk,tk->i", jacobian, b, adapted - d) / count
     _, g = maml.meta_gradient(bowl, theta, (c, a), (d, b), alpha, steps)
     assert error(g, expected) < 1e-10
 
@@ -369,11 +362,14 @@ def test_quadratic_oracle(steps, size, count, seed):
 
 
 @given(problems())
-def test_first_order_is_the_query_gradient_at_the_adapted_parameters(p):
-    value, g = maml.meta_gradient(p.loss, *p.args, order=1)
+def test_first_order_and_joint_training_are_gradients_where_they_say(p):
     adapted = maml.adapt(p.loss, p.theta, p.support, p.alpha, p.steps)
-    assert error(g, p.loss.grad(adapted, *p.query).mean(axis=0)) < 1e-12
-    assert error(value, p.loss(adapted, *p.query).mean()) < 1e-12
+    for (value, g), theta, data in [
+        (maml.meta_gradient(p.loss, *p.args, order=1), adapted, p.query),
+        (maml.joint_gradient(p.loss, p.theta, p.support, p.query), p.theta, p.support),
+    ]:
+        assert error(g, p.loss.grad(theta, *data).mean(axis=0)) < 1e-12
+        assert error(value, p.loss(theta, *data).mean()) < 1e-12
 
 
 @given(problems())
@@ -387,13 +383,6 @@ def test_meta_sgd_is_the_gradient_by_theta_and_alpha(p):
     value, g = maml.meta_sgd_gradient(p.loss, both, p.support, p.query, p.steps)
     assert error(value, outer(both)) < 1e-12
     assert error(g, grad(outer)(both)) < 1e-9
-
-
-@given(problems(normalize=(False,)))
-def test_joint_training_descends_the_support_loss_at_theta(p):
-    value, g = maml.joint_gradient(p.loss, p.theta, p.support, p.query)
-    assert error(g, p.loss.grad(p.theta, *p.support).mean(axis=0)) < 1e-12
-    assert error(value, p.loss(p.theta, *p.support).mean()) < 1e-12
 
 
 @given(problems(normalize=(False,)))
@@ -498,6 +487,8 @@ def test_sinusoid_ranges_moments_and_seed():
 
 PARTS = ("images_background", "images_evaluation")
 SPLITS = ("train", "val", "test")
+OTHERS = ["/escaped/a/b/c.png", "../../escaped/a/b/c.png", "images_background/../../escaped/c.png"]
+OTHERS += ["__MACOSX/._0000_01.png", f"{PARTS[0]}/a/b/{'c' * 60_000}.png", f"{PARTS[0]}/a/b\n/c.png"]
 
 
 @pytest.fixture(autouse=True)
@@ -511,12 +502,9 @@ def leftovers(*folders):
     return [file for folder in folders for file in folder.rglob("*") if file.suffix in (".npy", ".tmp")]
 
 
-@contextmanager
 def refused(message):
     """A ValueError of one line that matches."""
-    with pytest.raises(ValueError, match=message) as caught:
-        yield
-    assert "\n" not in str(caught.value)
+    return pytest.raises(ValueError, match=rf"\A.*({message}).*\Z")
 
 
 def glyph(seed, n=1):
@@ -539,7 +527,7 @@ def png(ink, kind=0, header=(105, 105, 1, 0, 0, 0, 0)):
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
-@functools.cache
+@cache
 def drawn(characters=8, n=4):
     """{path: PNG} of a small Omniglot, and its ink {class: bool [n, 105, 105]}."""
     files, inks = {}, {}
@@ -555,10 +543,6 @@ def unpacked(folder, files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     return folder
-
-
-OTHERS = ["/escaped/a/b/c.png", "../../escaped/a/b/c.png", "images_background/../../escaped/c.png"]
-OTHERS += ["__MACOSX/._0000_01.png", f"{PARTS[0]}/a/b/{'c' * 60_000}.png", f"{PARTS[0]}/a/b\n/c.png"]
 
 
 def zipped(folder, files, kind=zipfile.ZIP_DEFLATED):
@@ -597,10 +581,7 @@ def same(a, b):
     return all(np.array_equal(a[split], b[split]) for split in SPLITS)
 
 
-sizes = st.tuples(*[st.integers(1, 4)] * 4)
-
-
-@given(sizes, st.integers(0, 2), st.integers(0, 2), st.integers(0, 99), st.booleans())
+@given(st.tuples(*[st.integers(1, 4)] * 4), *[st.integers(0, 2)] * 2, st.integers(0, 99), st.booleans())
 def test_support_and_query_share_no_image_and_the_classes_of_a_task_differ(size, more, spare, seed, rotate):
     count, ways, shots, queries = size
     each = shots + queries + spare
@@ -754,31 +735,23 @@ def test_where_no_cache_can_be_written_it_goes_to_a_home_if_there_is_one(tmp_pat
 
 
 good = png(glyph(0)[0])
-
-
-def png_of(pixels):
-    return good[:33] + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+HUGE = good[:8] + chunk(b"IHDR", struct.pack(">2I5B", 9000, 9000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"")
+ZIP = "images_evaluation.zip"
+WHOLE = b"zip" * 30_000
+DIGESTS = {"a.zip": md5(WHOLE).hexdigest(), "b.zip": md5(WHOLE).hexdigest()}
 
 
 @pytest.mark.parametrize(
     "data, reason",
     [
         (None, "3 images, where others have 4"),
-        (b"", "not a 1-bit"),
-        (good[:60], "broken|unpack"),
         (good[:-12], "unpack"),
-        (good.replace(b"IDAT", b"IDAX", 1), "checksum"),
         (good[:70] + bytes([good[70] ^ 1]) + good[71:], "checksum"),
-        (png(glyph(0)[0], header=(106, 105, 1, 0, 0, 0, 0)), "not a 1-bit"),
         (png(glyph(0)[0], header=(105, 105, 8, 0, 0, 0, 0)), "not a 1-bit"),
         (png(glyph(0)[0][:104]), "pixel data"),
         (png(np.zeros((106, 105), bool)), "pixel data"),
         (png(glyph(0)[0], kind=1), "filtered pixel data"),
-        (png_of(zlib.compress(bytes(10**7))), "pixel data"),
-        (png_of(zlib.compress(b"\5" * 1575)), "pixel data"),
-        (png_of(zlib.compress(bytes(1575))[:-4]), "incomplete"),
-        (png_of(b"no zlib"), "Error -3"),
-        (bytes(1 << 17), "not a 1-bit"),
+        (good[:33] + chunk(b"IDAT", zlib.compress(bytes(1575))[:-4]) + chunk(b"IEND", b""), "incomplete"),
     ],
 )
 @pytest.mark.parametrize("layout", [zipped, unpacked])
@@ -801,10 +774,6 @@ if "MAML_OMNIGLOT" in os.environ:  # a folder of the real data, which no test re
         assert all(0.07 < np.mean(x) / 255 < 0.09 for x in splits.values())
 
 
-WHOLE = b"zip" * 30_000
-DIGESTS = {"a.zip": md5(WHOLE).hexdigest(), "b.zip": md5(WHOLE).hexdigest()}
-
-
 def test_a_download_is_whole_and_shown_and_not_repeated(folder, capsys):
     unpacked(folder, {"new/a.zip": b"my own", "there/b.zip": WHOLE})
     tasks.download_omniglot("new", f"file://{folder}/there", DIGESTS)
@@ -812,6 +781,7 @@ def test_a_download_is_whole_and_shown_and_not_repeated(folder, capsys):
     assert "b.zip: 1 MB\n" in capsys.readouterr().err
     tasks.download_omniglot("new", "file:///nowhere", DIGESTS)
     assert sorted(os.listdir("new")) == ["a.zip", "b.zip"]
+    tasks.download_omniglot(unpacked(folder / "unpacked", drawn()[0]), "file:///nowhere")
 
 
 @pytest.mark.parametrize("there", ["cut", "changed", "missing", "endless", "silent"])
@@ -826,10 +796,6 @@ def test_a_failed_download_says_what_to_fetch_and_leaves_nothing(folder, capsys,
             tasks.download_omniglot("new", address, DIGESTS, timeout=0.2)
     assert not os.path.exists("new") or os.listdir("new") == []
     assert there != "endless" or capsys.readouterr().err.endswith(" 32 MB\n")
-
-
-def test_what_is_unpacked_is_not_fetched(tmp_path):
-    tasks.download_omniglot(unpacked(tmp_path, drawn()[0]), "file:///nowhere")
 
 
 def test_the_command_fetches_what_its_own_folder_lacks_and_tries_again(folder, monkeypatch, capsys):
@@ -889,22 +855,14 @@ def test_classes_are_cut_to_the_smallest(tmp_path, capsys):
     assert "every class is cut to the 2 images of n1" in capsys.readouterr().err
 
 
-HUGE = good[:8] + chunk(b"IHDR", struct.pack(">2I5B", 9000, 9000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"")
-ZIP, NO_ZIP = "images_evaluation.zip", "images_evaluation.zip: no whole zip file.*fetch https"
-
-
 @pytest.mark.parametrize(
     "name, harm, line",
     [
         (ZIP, os.unlink, "neither images_evaluation.zip nor images_evaluation/.*fetch https"),
-        (ZIP, b"PK no", NO_ZIP),
-        (ZIP, b"", NO_ZIP),
-        (ZIP, lambda file: os.truncate(file, file.stat().st_size - 3000), NO_ZIP),
+        (ZIP, lambda file: os.truncate(file, file.stat().st_size - 3000), "no whole zip file.*fetch https"),
         (ZIP, lambda file: shutil.copy(file.parent / f"{PARTS[0]}.zip", file), "holds no images_eval.*fetch"),
         (ZIP, lambda file: file.write_bytes(file.read_bytes().replace(b"IEND", b"IENX")), "png:.*CRC.*fetch"),
-        ("train/n1/1.JPEG", b"", "1.JPEG: does not decode .*: replace or"),
         ("train/n1/1.JPEG", lambda file: os.truncate(file, 400), "1.JPEG: does not decode .*: replace or"),
-        ("train/n1/1.JPEG", b"GIF89a", "1.JPEG: does not decode .*: replace"),
         ("train/n1/0.png", HUGE, r"0.png: does not .* \(9000x9000 pixels\)"),
         ("val/empty", os.mkdir, "val/empty: no images"),
         ("test", shutil.rmtree, "test: No such file or directory; it should be a folder of"),
@@ -922,28 +880,17 @@ def test_what_is_wrong_with_zips_and_photographs_is_named(tmp_path, name, harm, 
 
 
 FUZZ = int(os.environ.get("MAML_FUZZ", 40))  # MAML_FUZZ=10000 python -m pytest -k no_damage
-HOSTILE = [
-    os.mkdir,
-    os.mkfifo,
-    lambda path: path.symlink_to(path),
-    lambda path: path.symlink_to(path.parent / "nothing"),
-    lambda path: path.symlink_to("/dev/zero"),
-    lambda path: path.symlink_to(HERE / "README.md"),
-]
-
-
-def damaged(data, good):
-    """Bytes cut, overwritten, inserted, or others altogether."""
-    start = data.draw(st.integers(0, 1 << 30)) % len(good)
-    stop = start + data.draw(st.sampled_from([0, 1, 9, 40, 1 << 30]))
-    return data.draw(st.sampled_from([good[:start], b""])) + data.draw(st.binary(max_size=40)) + good[stop:]
+HOSTILE = [os.mkdir, os.mkfifo, lambda path: path.symlink_to(path)]
+HOSTILE += [partial(os.symlink, to) for to in ("nothing", "/dev/zero", HERE / "README.md")]
 
 
 @contextmanager
 def harmed(data, path):
-    """In place of a file damaged bytes, or what is no file of data."""
+    """In place of a file its bytes cut, overwritten, inserted, or others altogether; or no file of data."""
     good = path.read_bytes()
-    bad = damaged(data, good)
+    start = data.draw(st.integers(0, 1 << 30)) % len(good)
+    stop = start + data.draw(st.sampled_from([0, 1, 9, 40, 1 << 30]))
+    bad = data.draw(st.sampled_from([good[:start], b""])) + data.draw(st.binary(max_size=40)) + good[stop:]
     path.unlink()
     data.draw(st.sampled_from(HOSTILE + 6 * [lambda path: path.write_bytes(bad)]))(path)
     try:
@@ -961,13 +908,8 @@ def test_no_damage_to_images_is_more_than_one_line(files, layout, data):
     load, size = (tasks.load_miniimagenet, (84, 84, 3)) if mini else (tasks.load_omniglot, (28, 28, 1))
     if not folder.exists():
         load(layout(folder, (2, 2) if mini else drawn()[0]))
-    caches = [f"miniimagenet-{split}.npy" for split in SPLITS] if mini else ["omniglot.npy"]
-    names = {
-        zipped: [f"{part}.zip" for part in PARTS],
-        unpacked: sorted(drawn()[0])[:9:4],
-        photographs: ["train/n0/0.png", "val/n1/1.JPEG"],
-    }[layout]
-    with harmed(data, folder / data.draw(st.sampled_from([*names, *caches]))):
+    there = sorted(file for file in folder.rglob("*") if file.is_file())
+    with harmed(data, data.draw(st.sampled_from(there))):
         try:
             for images in load(folder).values():
                 assert images.dtype == np.uint8 and images.shape[2:] == size
@@ -975,7 +917,7 @@ def test_no_damage_to_images_is_more_than_one_line(files, layout, data):
         except (ValueError, OSError) as error:
             assert "\n" not in str(error) and len(str(error)) < 600
     assert not [file for file in files.rglob("*") if "escaped" in file.name]
-    assert {file.name for file in leftovers(folder) if folder in file.parents} == {*caches}
+    assert there == sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 # Arguments -------------------------------------------------------------------------------------
@@ -987,9 +929,10 @@ def test_wrong_shapes_dtypes_and_values_are_named():
     size, (narrow,) = p.network.size, single(theta)
     adapt, wide = partial(maml.adapt, p.loss), lambda *data: p.loss(*data).astype(np.float64)
 
+    asked = {"tasks": 2, "ways": 2, "shots": 1, "query_shots": 1}
+
     def few_shot(images=None, **change):
-        asked = {"tasks": 2, "ways": 2, "shots": 1, "query_shots": 1} | change
-        tasks.few_shot(p.rng, stamped() if images is None else images, **asked)
+        tasks.few_shot(p.rng, stamped() if images is None else images, **asked | change)
 
     for call, message in [
         (lambda: p.loss(theta[1:], x, y), rf"\({size - 1},\).*\({size},\)"),
@@ -999,7 +942,6 @@ def test_wrong_shapes_dtypes_and_values_are_named():
         (lambda: nets.mlp((1, 1)).apply(np.zeros(2), y[..., 0]), "expected .tasks, examples"),
         (lambda: p.loss.grad(p.each[:1], x, y), r"\(1, 13\).*\(2, 3, 2\)"),
         (lambda: p.loss(theta, x, y[:, :2]), r"\(2, 2, 1\).*\(2, 3, 1\)"),
-        (lambda: p.loss.grad(theta, x, y[..., 0]), r"\(2, 3\).*\(2, 3, 1\)"),
         (lambda: p.loss(narrow, x, y), "float64.*float32"),
         (lambda: p.loss.grad(theta, x, y.astype(int)), "int64.*float64"),
         (lambda: p.loss.expand(theta, x, y)[2](p.v[:, 1:]), r"\(2, 12\).*\(2, 13\)"),
@@ -1022,22 +964,13 @@ def test_wrong_shapes_dtypes_and_values_are_named():
         (lambda: maml.meta_gradient(p.loss, *p.args, order=3), "order = 3; expected 1 or 2"),
         (lambda: maml.meta_gradient(p.loss, *p.args, order=0), "order = 0; expected 1 or 2"),
         (lambda: maml.meta_gradient_recomputed(p.loss, *p.args, kept=-1), "kept = -1"),
-        (lambda: nets.convnet((8, 8, 3), 2, pool=True), "16x16 pixels or more"),
         (lambda: nets.convnet((16, 8, 3), 2, pool=True), "16x16 pixels or more"),
-        (lambda: tasks.sinusoid(p.rng, 0, 1, 1), "tasks=0, shots=1, query_shots=1; exp"),
-        (lambda: tasks.sinusoid(p.rng, 1, 0, 1), "tasks=1, shots=0, query_shots=1; exp"),
-        (lambda: tasks.sinusoid(p.rng, 1, 1, 0), "tasks=1, shots=1, query_shots=0; exp"),
+        *[(partial(tasks.sinusoid, p.rng, *n), "=0.*1 or more") for n in ((0, 1, 1), (1, 0, 1), (1, 1, 0))],
         (lambda: tasks.labelled(p.rng, stamped(4), 1, 5, 3), "4 training classes.*3 outputs"),
-        (lambda: few_shot(ways=7), "7-way task needs 7 classes"),
-        (lambda: few_shot(shots=4, query_shots=2), "4 support and 2 query"),
         (lambda: few_shot(stamped()[:, :, :4], rotate=True), "square"),
-        (lambda: few_shot(stamped().astype(np.int64)), "int64.*expected uint8 or floats"),
         (lambda: few_shot(stamped().astype(np.uint16)), "uint16.*expected uint8 or floats"),
         (lambda: few_shot(stamped()[..., 0]), "expected .* .classes, each, height, width, channels"),
-        (lambda: few_shot(ways=0), "tasks=2, ways=0, shots=1, query_shots=1; expected 1 or more"),
-        (lambda: few_shot(shots=0), "shots=0, query_shots=1; expected 1 or more"),
-        (lambda: few_shot(tasks=0), "tasks=0, .*expected 1 or more"),
-        (lambda: few_shot(query_shots=0), "query_shots=0; expected 1 or more"),
+        *[(partial(few_shot, **{name: 0}), f"{name}=0.*; expected 1 or more") for name in asked],
     ]:
         with refused(message):
             call()
@@ -1049,6 +982,9 @@ QUICK = "--task sinusoid --iterations 40 --meta-batch 3 --eval-tasks 8"
 GLYPHS = "--task omniglot --data glyphs --filters 8 --meta-batch 5 --eval-tasks 40"
 WALK = "--task navigation --horizon 20 --meta-batch 6 --trajectories 10 --hidden 16"
 WALK += " --eval-tasks 6 --eval-trajectories 5"
+SMALL_GLYPHS = "--task omniglot --data glyphs --filters 3 --ways 3 --meta-batch 5 --beta 0.02"
+SMALL_WALK = "--horizon 5 --meta-batch 2 --trajectories 3 --hidden 4 --max-kl 0.2"
+COLUMNS = "task method shots step metric mean ci95 median diverged tasks".split()
 
 
 def words_of(*parts):
@@ -1060,9 +996,6 @@ def command(*parts, module=maml):
     return module.main(words_of(*parts))
 
 
-rl_command = partial(command, module=rl)
-
-
 def process(*parts, module=maml, script=None, stderr=subprocess.PIPE, **options):
     """The command in a process of its own, or a script that imports it."""
     program = ["-c", script] if script else [HERE / f"{module.__name__}.py"]
@@ -1072,7 +1005,8 @@ def process(*parts, module=maml, script=None, stderr=subprocess.PIPE, **options)
 
 def wait_for(condition, process=None, seconds=60):
     deadline = time.monotonic() + seconds
-    while not (condition() or process and process.poll() is not None or time.monotonic() > deadline):
+    while not (condition() or process and process.poll() is not None):
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -1102,8 +1036,7 @@ def contents(folder):
 
 
 def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
 
 
 def arrays(path):
@@ -1112,19 +1045,12 @@ def arrays(path):
 
 
 def check_equal(one, other):
-    """Two checkpoints, to the bit, but for how many iterations were asked for at first."""
-    one, other = arrays(one), arrays(other)
-    assert one.keys() == other.keys()
-    assert all(np.array_equal(one[key], other[key]) for key in one)
-
-
-COLUMNS = "task method shots step metric mean ci95 median diverged tasks".split()
+    """Two checkpoints, to the bit."""
+    np.testing.assert_equal(arrays(one), arrays(other))
 
 
 @pytest.mark.parametrize("kind", [*maml.METHODS, *maml.BASELINES[:3]])
-def test_every_method_and_baseline_writes_its_table_and_log_and_evaluates_alike(
-    folder, monkeypatch, capsys, kind
-):
+def test_every_method_writes_its_table_and_log_and_evaluates_alike(folder, monkeypatch, capsys, kind):
     monkeypatch.setattr(maml.Experiment, "log_every", 30)
     flag = "--baseline" if kind in maml.BASELINES else "--method"
     assert command(QUICK, flag, kind, "--save a.npz --log log.csv --results results.csv") == 0
@@ -1140,10 +1066,6 @@ def test_every_method_and_baseline_writes_its_table_and_log_and_evaluates_alike(
     shutil.copy("a.npz", "b.npz")
     assert command("--evaluate a.npz b.npz --eval-tasks 2") == 0
     assert re.findall(r"meta-iterations, (.*)", capsys.readouterr().out) == ["a.npz", "b.npz"]
-
-
-SMALL_GLYPHS = "--task omniglot --data glyphs --filters 3 --ways 3 --meta-batch 5 --beta 0.02"
-SMALL_WALK = "--horizon 5 --meta-batch 2 --trajectories 3 --hidden 4 --max-kl 0.2"
 
 
 @pytest.mark.parametrize(
@@ -1176,7 +1098,7 @@ def test_a_run_resumed_from_anywhere_to_anywhere_is_the_unbroken_one(glyphs, mon
     assert part("--resume b.npz --iterations 7 --save c.npz --log b.csv", table, data) == 0
     assert part("--resume c.npz --iterations 11 --save d.npz --log b.csv --results b.table", table, data) == 0
     check_equal("a.npz", "d.npz")
-    if os.path.exists("a.best.npz"):
+    if "sinusoid" not in run:
         check_equal("a.best.npz", "d.best.npz")
         assert set(arrays("a.best.npz")) == {"theta", "iteration", "settings"}
         assert part("--evaluate a.best.npz --results best.table", table, data) == 0
@@ -1193,8 +1115,7 @@ def test_a_damaged_tail_of_the_log_is_healed(folder, monkeypatch):
     monkeypatch.setattr(maml.Experiment, "log_every", 10)
     command(QUICK, "--iterations 60 --log whole.csv")
     command(QUICK, "--iterations 30 --save part.npz --log part.csv")
-    tails = ["", "30,", "40,9,9,9\n50,9,", "40,,,", "\0\0\0\0", "40,1,1,1,1\nx,1,1,1", "40,0.1,0.2,0.3"]
-    for tail in [*tails, "30,1,1,1,1", "²,1,1,1"]:
+    for tail in ["", "30,", "30,1,1,1,1", "40,9,9,9\n50,9,", "40,,,", "\0\0\0\0", "x,1,1,1", "²,1,1,1"]:
         shutil.copy("part.npz", "a.npz")
         Path("a.csv").write_text(Path("part.csv").read_text() + tail)
         assert command("--resume a.npz --iterations 60 --log a.csv --eval-tasks 2") == 0
@@ -1210,9 +1131,7 @@ def test_a_damaged_tail_of_the_log_is_healed(folder, monkeypatch):
         (2, 8, "--save a.npz", ""),
     ],
 )
-def test_ctrl_c_ends_the_next_meta_iteration_and_a_second_one_this(
-    folder, monkeypatch, capsys, presses, at, save, hint
-):
+def test_ctrl_c_ends_the_next_iteration_a_second_this(folder, monkeypatch, capsys, presses, at, save, hint):
     """Pressed when it is too late for the checkpoint of the iteration before."""
     show = cli.Progress.show
 
@@ -1277,7 +1196,7 @@ def files(tmp_path_factory, omniglot):
     good, few = folder / "good.npz", "--iterations 1 --eval-steps 1 --save"
     assert command(QUICK, "--save", good) == 0
     assert command(GLYPHS, "--data", omniglot, "--ways 3", few, folder / "glyphs.npz") == 0
-    assert rl_command(WALK, few, folder / "walk.npz") == 0
+    assert command(WALK, few, folder / "walk.npz", module=rl) == 0
     assert command(QUICK, "--method meta-sgd", few, folder / "sgd.npz") == 0
     cheetah = rl_experiment("cheetah-dir")
     cli.save_weights(str(folder / "cheetah.npz"), cheetah.settings, cheetah.start().theta, 0)
@@ -1311,8 +1230,6 @@ BAD = {
         ("--task miniimagenet --data photographs", "pip install pillow$"),
         ("--task sinusoid --plot a.png", "pip install matplotlib$"),
         ("--task omniglot --data glyphs --scheduler nowhere", r'pip install "dask\[distributed\]"$'),
-        ("--task nothing", "nothing"),
-        ("--task sinusoid --nothing", "--nothing"),
         ("", "--task is missing"),
         ("--task navigation", "python rl.py --task navigation"),
         *[(f"--task sinusoid --{flag} 0", f"--{flag}.*0") for flag in COUNTS],
@@ -1323,22 +1240,17 @@ BAD = {
         ("--task sinusoid --method maml --baseline random", "not allowed with"),
         ("--task sinusoid --baseline nearest", "--baseline nearest is for --task omniglot or miniimagenet"),
         ("--task sinusoid --ways 3", "--ways is for --task omniglot, miniimagenet"),
-        ("--task sinusoid --filters 3", "--filters is for --task omniglot, miniimagenet"),
         ("--task sinusoid --data .", "--data is for images"),
         ("--task sinusoid --workers 2", "sinusoid has nothing to spread"),
         ("--task omniglot --baseline oracle", "is for --task sinusoid"),
-        ("--task omniglot --data nowhere", "nowhere: neither images_background.zip"),
-        ("--task omniglot --data glyphs --ways 7", "there are 6: lower the ways"),
-        ("--task omniglot --data glyphs --shots 3", "there are 4: lower the shots"),
-        ("--task omniglot --data glyphs --eval-shots 1 3", "there are 4: lower the shots"),
+        ("--task omniglot --data glyphs --ways 7", "7-way task needs 7 classes.* 6: lower the ways"),
         ("--task omniglot --data glyphs --shots 3 --query 1", "there are 4: lower the shots"),
-        ("--task miniimagenet --data glyphs", "glyphs/train: .*should be a folder"),
         ("--task miniimagenet --data afile", "afile/train: .*should be a folder"),
-        ("--evaluate glyphs.npz --data glyphs --eval-shots 3", "there are 4: lower the shots"),
+        ("--evaluate glyphs.npz --data glyphs --eval-shots 1 3", "3 query.* 4: lower the shots"),
         ("--evaluate glyphs.npz --data glyphs --ways 4", "trained with ways 3, not 4"),
         ("--adapt own", "needs a trained model"),
         ("--evaluate glyphs.npz --adapt own", "own/third: no JPEG or PNG"),
-        ("--evaluate glyphs.npz --adapt .", "no JPEG or PNG"),
+        ("--evaluate glyphs.npz --adapt photographs/train", "train: no JPEG or PNG: put queries beside"),
         ("--evaluate glyphs.npz --adapt two", "two: 1 classes, and the model is 3-way"),
         ("--evaluate good.npz --adapt own", "for networks of images, not sinusoid, maml"),
         ("--evaluate sgd.npz --alpha 1", "was trained with alpha 0.01, not 1.0"),
@@ -1346,14 +1258,11 @@ BAD = {
         ("--evaluate good.npz --resume good.npz", "--resume does not go"),
         ("--evaluate good.npz --save b.npz", "--save does not go"),
         ("--evaluate good.npz --iterations 5", "--iterations does not go"),
-        ("--evaluate good.npz --method anil", "trained with method maml, not anil"),
         ("--evaluate good.npz --plot a.xyz", "a.xyz: cannot be drawn .Format 'xyz'"),
         ("--evaluate good.npz glyphs.npz --data glyphs --plot b.png", "one kind of task"),
         ("--resume good.npz --alpha 0.5", "trained with alpha 0.01, not 0.5"),
         ("--resume good.npz --iterations 10", "at iteration 40"),
-        ("--resume good.npz --iterations 50 --log afile", "not the file of this run"),
         ("--resume glyphs.best.npz --iterations 9 --data glyphs", "glyphs.best.npz holds weights alone"),
-        ("--resume cut.npz", "not a whole checkpoint"),
         ("--evaluate missing.npz", "no such file"),
         *[(f"--evaluate {name}", "not a whole checkpoint") for name in WRECKS],
         ("--evaluate negative.npz", "its iteration is -1"),
@@ -1361,52 +1270,39 @@ BAD = {
         ("--evaluate task.npz", "invalid choice: 'omelette'"),
         ("--evaluate shape.npz", r"theta is float32 \(5,\); expected float32 \(1761,\)"),
         ("--evaluate dtype.npz", "theta is float64.*expected float32"),
-        *[
-            (f"--task sinusoid --{flag} {path}", f"{path}: cannot write there")
-            for flag, path in itertools.product(("save", "log", "results"), ("nowhere/a", "afile/a"))
-        ],
+        *[(f"--task sinusoid --{x} afile/a", "afile/a: cannot write") for x in ("save", "log", "results")],
         ("--task sinusoid --save /proc/self/a.npz", "a.npz: cannot write there"),  # not even by root
         ("--task sinusoid --save .", "is a folder"),
         ("--task sinusoid --save good.npz", "go on from it with --resume good.npz, or remove it"),
         ("--task sinusoid --log afile", "afile: not the file of this run"),
         ("--task sinusoid --results afile", "afile: not the file of this run"),
         ("--task sinusoid --log /dev/null", "/dev/null: cannot write there .is no regular file"),
-        ("--task sinusoid --results fifo", "fifo: cannot write there .is no regular file"),
         ("--task sinusoid --save x.npz --results x.npz", "--save and --results are both x.npz"),
         ("--task sinusoid --save x.npz --log x.best.npz", "--save and --log are both x.best.npz"),
         ("--task sinusoid --save lone.npz", "there is a file lone.best.npz"),
-        ("--task sinusoid --save glyphs/", "glyphs/: cannot write there .is a folder"),
         ("--task sinusoid --save x/", "x/: cannot write there .is a folder"),
         (f"--task sinusoid --log {'x' * 240}", "cannot write there .File name too long"),
         ("--task sinusoid --save=", "--save.*invalid nonempty value"),
         ("--task sinusoid --iterations 3000000000", "--iterations.*1 to 2147483647"),
-        ("--task omniglot --ways 99999999999999999999", "--ways.*2 to 2147483647"),
-        ("--evaluate good.npz --data glyphs", "--data is for images"),
+        *[(f"--task omniglot --ways {n}", f"--ways.*2 to 2147483647.*'{n}'") for n in (1, 10**20)],
         ("--task sinusoid --log x.csv --results ./x.csv", "are both ./x.csv"),
     ],
     rl: [
         ("--task ant-vel", r'pip install "gymnasium\[mujoco\]"$'),
-        ("--task sinusoid", "python maml.py --task sinusoid"),
-        ("--task navigation --order 3", "--order"),
         ("--task navigation --first-order --order 2", "--order: not allowed with argument --first-order"),
         ("--task navigation --alpha -1", "--alpha"),
         ("--task navigation --trajectories 0", "--trajectories"),
         ("--task navigation --discount 2", "share .0 to 1.*2"),
         *[(f"--task navigation --backtrack {x}", f"--backtrack {x}.0 never shortens") for x in (0, 1)],
         ("--task navigation --baseline oracle --steps 1", "--steps is for --method maml"),
-        ("--evaluate walk.npz --steps 3", "trained with steps 1, not 3"),
         ("--evaluate walk.npz cheetah.npz --plot a.png", "one kind of task"),
         ("--evaluate good.npz", "not a whole checkpoint"),
     ],
 }
 
 
-@pytest.mark.parametrize(
-    "module, words, message", [(module, *case) for module, cases in BAD.items() for case in cases]
-)
-def test_bad_use_is_one_line_and_exit_code_2_and_changes_nothing(
-    files, monkeypatch, capsys, module, words, message
-):
+@pytest.mark.parametrize("module, words, message", [(module, *bad) for module in BAD for bad in BAD[module]])
+def test_bad_use_is_one_line_and_changes_nothing(files, monkeypatch, capsys, module, words, message):
     if "pip install" in message:
         for name in ("PIL", "PIL.Image", "matplotlib", "distributed", "gymnasium", "mujoco"):
             monkeypatch.setitem(sys.modules, name, None)
@@ -1491,6 +1387,7 @@ def test_scripts_of_assets_draw_pictures(folder, monkeypatch):
     assert curves.published(HERE / "assets/weights/cheetah-dir.npz") == ("293.2", 1, "return")
     given = curves.published(HERE / "assets/weights/omniglot-5way-1shot.npz")
     assert given == ("98.7 ± 0.4", 100, "accuracy in %")
+    assert sorted(os.listdir("assets")) == ["curves.png", "idea.png"]
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in Path("assets").iterdir())
     for log, reason in {"none.csv": "No such file", "torn.csv": "damaged"}.items():
         Path("torn.csv").write_text("iteration,loss,before,after\n500,1,2\n")
@@ -1511,13 +1408,11 @@ def test_short_training_learns_to_adapt(folder):
 
 def test_short_training_on_drawn_glyphs_beats_chance_by_far(glyphs, capsys):
     """5-way, 1-shot: chance is 20 %, the stated bar 70 %."""
-    assert command(GLYPHS, "--iterations 60 --save a.npz --log a.csv --results r.csv") == 0
+    assert command(GLYPHS, "--iterations 60 --results r.csv") == 0
     table, rows = capsys.readouterr().out, rows_of("r.csv")
     assert "omniglot, 5-way, conv, maml" in table and "98.7 ± 0.4 at K = 1" in table
     assert rows[0]["metric"] == "accuracy" and len(rows) == 11
     assert float(rows[0]["mean"]) < 0.35 and float(rows[3]["mean"]) > 0.7
-    assert command("--evaluate a.best.npz --data glyphs --eval-tasks 40") == 0
-    assert capsys.readouterr().out == table
     assert command(GLYPHS, "--baseline nearest --results n.csv") == 0
     (row,) = rows_of("n.csv")
     assert float(row["mean"]) > 0.3
@@ -1565,13 +1460,13 @@ def test_short_navigation_training_learns_to_adapt(folder, capsys):
     words = f"{WALK} --alpha 1 --max-kl 0.05 --eval-tasks 40 --results r.csv"
     returns = []
     for more in ("--baseline random", "--iterations 30 --save a.npz --log a.csv"):
-        assert rl_command(words, more) == 0
+        assert command(words, more, module=rl) == 0
         returns.append([float(row["mean"]) for row in rows_of("r.csv")])
     assert returns[1][1] > returns[1][0] + 1.5 and returns[1][1] > returns[0][1] + 1
     assert list(rows_of("r.csv")[0]) == COLUMNS and len(rows_of("a.csv")) == 30
     out = capsys.readouterr().out
     assert "navigation, maml" in out and "-11.7" not in out  # the authors' figure, of 40 trajectories
-    assert rl_command("--evaluate a.npz --eval-tasks 4 --eval-trajectories 40") == 0
+    assert command("--evaluate a.npz --eval-tasks 4 --eval-trajectories 40", module=rl) == 0
     assert "-11.7" in capsys.readouterr().out
 
 
@@ -1593,12 +1488,9 @@ def rl_experiment(task, *parts):
 def image_experiment(*parts):
     """An experiment on images of three splits that do not look alike."""
     experiment = experiment_of("--filters 3 --dtype float64", *parts)
-    rng, (height, width, channels) = np.random.default_rng(0), experiment.network.inputs
+    rng, shape = np.random.default_rng(0), (8, 20, *experiment.shape)
     spans = {"train": (0, 60), "val": (90, 150), "test": (190, 255)}
-    experiment.images = {
-        name: rng.integers(*span, (8, 20, height, width, channels)).astype(np.uint8)
-        for name, span in spans.items()
-    }
+    experiment.images = {name: rng.integers(*span, shape).astype(np.uint8) for name, span in spans.items()}
     return experiment
 
 
@@ -1609,8 +1501,9 @@ def test_defaults_are_the_papers_and_the_authors():
         (maml, "omniglot --ways 20", {"steps": 5, "meta_batch": 16, "alpha": 20 * 0.1}),
         (maml, "omniglot --shots 5", {"query": 5}),
         (maml, "omniglot --method reptile", {"steps": 10}),
+        (maml, "omniglot --first-order", {"method": "fomaml"}),
+        (rl, "navigation --first-order", {"order": 1}),
         (maml, "miniimagenet --shots 5", {"steps": 5, "meta_batch": 2, "query": 15, "alpha": 0.05}),
-        (maml, "miniimagenet", {"filters": 32}),
         (rl, "cheetah-vel --baseline pretrained", {"alpha": 0.02, "steps": 0}),
         (rl, "cheetah-vel --baseline random", {"alpha": 0.1}),
         (rl, "ant-dir --baseline pretrained", {"alpha": 0.2}),
@@ -1620,9 +1513,8 @@ def test_defaults_are_the_papers_and_the_authors():
         assert expected.items() <= settings_of("--task", words, module=module).items()
 
 
-@pytest.mark.parametrize("module, task", [(maml, "sinusoid"), (rl, "navigation")])
-def test_every_purpose_and_seed_has_its_own_stream(module, task):
-    experiments = [experiment_of("--task", task, "--seed", seed, module=module) for seed in (0, 1)]
+def test_every_purpose_and_seed_has_its_own_stream():
+    experiments = [experiment_of("--task sinusoid --seed", seed) for seed in (0, 1)]
     purposes = ("training", "test", "validation", "init")
     assert len({e.stream(purpose).random() for e in experiments for purpose in purposes}) == 8
 
@@ -1795,21 +1687,13 @@ def children(process):
 
 
 def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return os.path.exists(f"/proc/{pid}/exe")  # which a zombie has not
 
 
 @pytest.mark.parametrize(
     "words, until, code, line",
     [
-        (
-            "--evaluate a.npz --eval-tasks 300000",
-            "evaluating",
-            130,
-            "interrupted: --evaluate makes the table",
-        ),
+        ("--evaluate a.npz --eval-tasks 300000", "evaluating", 130, "--evaluate makes the table"),
         (WORKERS, "workers", 130, "maml.py: interrupted"),
         (WORKERS, "b.npz", 1, "maml.py: a worker was lost; --resume goes on"),
     ],
@@ -1841,7 +1725,7 @@ def test_a_run_that_loses_its_user_or_a_worker_ends_with_one_line(glyphs, words,
 def test_workers_end_with_their_parent(folder):
     run = process(MANY_WALKS, "--workers 2 --iterations 100000 --log a.csv", module=rl)
     wait_for(lambda: os.path.exists("a.csv") and len(rows_of("a.csv")) > 2, run)
-    workers = children(run)
+    workers = [*filter(alive, children(run))]
     run.kill()
     run.wait()
     wait_for(lambda: not any(map(alive, workers)))
@@ -1853,9 +1737,11 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(folder):
     script = "import maml, sys; maml.Experiment.save_every = 3; sys.exit(maml.main())"
     goal = "--iterations 90 --eval-shots 2 --eval-tasks 2"
     assert command(QUICK, goal, "--save whole.npz") == 0
-    for seconds in np.random.default_rng(0).uniform(0.2, 1.2, int(os.environ.get("MAML_KILLS", 2))):
+    for seconds in np.random.default_rng(0).uniform(0, 0.15, int(os.environ.get("MAML_KILLS", 2))):
         start = "--resume a.npz" if os.path.exists("a.npz") else f"{QUICK} --save a.npz"
+        Path("a.csv").unlink(missing_ok=True)
         run = process(start, goal, "--log a.csv", script=script)
+        wait_for(lambda: os.path.exists("a.csv"), run)
         with suppress(subprocess.TimeoutExpired):
             run.wait(seconds)
         run.kill()
@@ -1865,7 +1751,6 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(folder):
         if os.path.exists("a.npz") and int(arrays("a.npz")["iteration"]) == 90:
             check_equal("whole.npz", "a.npz")
             os.unlink("a.npz")
-            os.unlink("a.csv")
     if os.path.exists("a.npz"):
         assert command("--resume a.npz --log a.csv", goal) == 0
         check_equal("whole.npz", "a.npz")
@@ -1903,20 +1788,18 @@ def test_a_full_disk_leaves_what_was_there(folder, capsys):
 @settings(max_examples=FUZZ)
 @given(st.data())
 def test_no_damage_to_a_checkpoint_is_more_than_one_line(files, data):
-    path = files / "fuzzed.npz"
-    path.write_bytes(damaged(data, (files / "good.npz").read_bytes()))
-    try:
-        cli.load_checkpoint(str(path), maml)
-    except cli.Unusable as error:
-        assert "\n" not in str(error) and len(str(error)) < 600
-    path.unlink()
+    with harmed(data, files / "good.npz"):
+        try:
+            cli.load_checkpoint(str(files / "good.npz"), maml)
+        except cli.Unusable as error:
+            assert "\n" not in str(error) and len(str(error)) < 600
 
 
 # Reinforcement learning -------------------------------------------------------------------------
 
 
 class Policies:
-    """A random policy, its theta (one log_std at the floor), and steps of old policies on made-up data.
+    """A random policy, its theta, and steps of old policies on made-up data.
 
     A task's trajectories end early, each at a step that is the same for all tasks.
     """
@@ -1961,10 +1844,7 @@ class Policies:
         return g, product
 
 
-def policies_of(seed, **how):
-    return away_from_kinks(partial(Policies, **how), seed)
-
-
+policies_of = partial(away_from_kinks, Policies)
 shapes = {"inputs": st.integers(1, 3), "actions": st.integers(1, 2), "steps": st.integers(0, 2)}
 policies = st.builds(policies_of, st.integers(0, 10**6), **shapes)
 
@@ -2090,17 +1970,16 @@ def test_the_line_search_keeps_to_the_limit_and_damping_counts():
         problem = 0.0, np.ones(2), lambda v: scale * v, objective
         return rl.trust_region_step(np.zeros(2), *problem, 0.02, 5, damping, 0.5, 9)
 
-    theta, j, divergence = step(1, 0.0, lambda trial: (-1.0, float(trial @ trial)))
-    assert 0 < divergence <= 0.02 and j == 1
     for just, tries in {0.495: 0, 0.505: 1}.items():
         assert step(1, 0.0, lambda trial, just=just: (-1.0, just * float(trial @ trial)))[1] == tries
     plain, damped = (step(*metric, lambda _: (-1.0, 0.0))[0] for metric in ((4, 0.0), (1, 3.0)))
     assert error(damped, plain) < 1e-12
 
 
-def test_a_meta_iteration_is_one_step_of_the_outer_problem_of_all_parcels():
-    words = "--horizon 8 --meta-batch 12 --trajectories 5 --steps 2"
-    experiment = rl_experiment("navigation", words)
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_meta_iteration_is_one_step_of_the_outer_problem_of_all_parcels(order):
+    words = "--horizon 8 --meta-batch 12 --trajectories 5 --steps 2 --order"
+    experiment = rl_experiment("navigation", words, order)
     settings, loss, theta = experiment.settings, experiment.loss, experiment.start().theta
     found, reported = experiment.meta_iteration(theta, np.random.default_rng(0))
     rng = np.random.default_rng(0)
@@ -2110,7 +1989,7 @@ def test_a_meta_iteration_is_one_step_of_the_outer_problem_of_all_parcels():
     returns = np.concatenate([returns for returns, _ in parts], axis=1).mean(axis=1)
     batches = [*parts[0][1], *parts[1][1]]
     taken = sum(len(x[0]) for batch in batches for x, _ in batch)
-    problem = rl.outer_problem(loss, 0.5, 2, theta, batches)
+    problem = rl.outer_problem(loss, 0.5, order, theta, batches)
     expected, tries, kl = rl.trust_region_step(theta, *problem, 0.01, 10, 1e-5, 0.8, 15)
     assert error(found, expected) < 1e-12 < error(found, theta)
     assert np.allclose(reported, [returns[0], returns[-1], kl, tries, taken]) and taken <= 12 * 5 * 3 * 8
@@ -2118,10 +1997,9 @@ def test_a_meta_iteration_is_one_step_of_the_outer_problem_of_all_parcels():
 
 def test_a_policy_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder, monkeypatch, capsys):
     monkeypatch.setattr(rl.Experiment, "save_every", 1)
-    assert rl_command(WALK, "--iterations 2 --save a.npz") == 0
-    monkeypatch.setattr(rl, "kl", lambda old, new: np.full(old.shape[:2], 0.0))
+    assert command(WALK, "--iterations 2 --save a.npz", module=rl) == 0
     monkeypatch.setattr(rl, "fisher", lambda out: np.full_like(out, np.nan))
-    assert rl_command("--resume a.npz --iterations 4") == 1
+    assert command("--resume a.npz --iterations 4", module=rl) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"not finite.*iteration 3.*--max-kl; a.npz holds", message)
     assert int(arrays("a.npz")["iteration"]) == 2
@@ -2190,9 +2068,7 @@ def test_goals_are_drawn_over_their_whole_range_and_tests_are_the_authors():
         assert np.allclose(rl.test_goals(task, len(authors)), authors, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "purpose, method", [("test", "maml"), ("validation", "maml"), ("test", "oracle"), ("test", "random")]
-)
+@pytest.mark.parametrize("purpose, method", [("validation", "maml"), ("test", "oracle"), ("test", "random")])
 def test_a_curve_is_of_its_purposes_goals_at_its_rates(purpose, method):
     """alpha, then alpha times --eval-shrink; the oracle is not adapted."""
     which = "--method" if method == "maml" else "--baseline"
@@ -2285,10 +2161,8 @@ def test_an_ant_is_done_by_its_height_or_a_state_not_finite_and_then_stays(mujoc
 
 def test_frames_are_skipped_as_the_setting_says(mujoco):
     """A step of n frames is n steps of one frame with the same action, in time, too."""
-    one, five = (
-        rl.environment_of(rl_experiment("cheetah-vel", "--frame-skip", skip).settings, np.ones(1), 1)
-        for skip in (1, 5)
-    )
+    experiments = [rl_experiment("cheetah-vel", "--frame-skip", skip) for skip in (1, 5)]
+    one, five = (rl.environment_of(each.settings, np.ones(1), 1) for each in experiments)
     for environment in (one, five):
         environment.reset(np.random.default_rng(0))
     for _ in range(5):
@@ -2312,26 +2186,23 @@ def test_readme_quotes_the_source():
     assert page == re.sub(r' {4}""".*?"""\n', "", source, flags=re.DOTALL), "but for the docstrings"
 
 
-FROM_OUTSIDE = "np anp grad make_hvp value_and_grad partial NamedTuple".split()
-
-
 def globals_of(code):
     found = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return found.union(*(globals_of(inner) for inner in code.co_consts if inspect.iscode(inner)))
 
 
 def test_a_function_can_be_copied_out_with_what_the_readme_says_it_needs():
-    copied = {}
+    copied, imported = {}, "np anp grad make_hvp value_and_grad partial NamedTuple".split()
     table = README.partition("| functions | need |")[2].partition("\n\n")[0]
     rows = [re.findall(r"`([\w.]+)`", cell) for line in table.splitlines() for cell in line.split("|")[1:3]]
     for names, needs in zip(rows[::2], rows[1::2]):
         used = set()
         for i, function in enumerate(names):
             home, _, name = function.rpartition(".")
-            module = importlib.import_module(home or "maml")
+            module = sys.modules[home or "maml"]
             before = [part.rpartition(".")[2] for part in names[:i] if part.rpartition(".")[0] == home]
             source = "\n".join(inspect.getsource(getattr(module, part)) for part in [*needs, *before, name])
-            copied[function] = {part: getattr(maml, part) for part in FROM_OUTSIDE}
+            copied[function] = {part: getattr(maml, part) for part in imported}
             exec(source, copied[function])
             found = globals_of(compile(source, function, "exec"))
             assert found <= {*copied[function], *dir(builtins), "__annotations__"}, function
