@@ -15,12 +15,11 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 import threading
 import time
 import zipfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -141,9 +140,8 @@ def task_name(prog, text):
 def parser_of(module, what, first_order, workers):
     """The parser of `module`'s command: a flag for each row of its tables, and those that all have."""
     prog = f"{module.__name__}.py"
-    parser = Parser(
-        prog=prog, allow_abbrev=False, description=f"{what}: meta-trains, then evaluates on unseen tasks."
-    )
+    text = f"{what}: meta-trains, then evaluates on unseen tasks."
+    parser = Parser(prog=prog, allow_abbrev=False, description=text)
     kind = partial(task_name, prog)
     parser.add_argument("--task", type=kind, choices=COMMANDS[prog], help="the task distribution p(T)")
     which, who = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
@@ -228,7 +226,6 @@ def check_outputs(args, columns):
 def check_writable(flag, path, head=None):
     """Unusable unless a file can be made at `path`, where there is none or one of ours, begun by `head`."""
     try:
-        folder, name = os.path.split(os.path.realpath(path))
         if os.path.isdir(path) or path.endswith(os.sep):
             raise IsADirectoryError(21, "is a folder")
         if os.path.exists(path) and not os.path.isfile(path):
@@ -237,8 +234,8 @@ def check_writable(flag, path, head=None):
             with open(path, errors="replace") as file:
                 if not file.readline(999).startswith(head):
                     raise Unusable(f"{flag} {path}: not the file of this run; name another, or remove it")
-        with tempfile.NamedTemporaryFile(prefix=f".{name}.01234567", suffix=".tmp", dir=folder):
-            pass  # tried, as root may write where no flag says so, with as long a name as `writing` takes
+        with suppress(LookupError), writing(path):
+            raise LookupError  # tried, and given up: root may write where no flag says so
     except OSError as error:
         hint = "name a file in a writable folder"
         raise Unusable(f"{flag} {path}: cannot write there ({error.strerror}); {hint}")
@@ -270,11 +267,10 @@ def load_checkpoint(path, module):
     try:
         if os.path.exists(path) and not (os.path.isfile(path) and zipfile.is_zipfile(path)):
             raise ValueError("it is no .npz file")
-        with zipfile.ZipFile(path) as members:
-            if sum(member.file_size for member in members.infolist()) > os.path.getsize(path):
-                raise ValueError("it is compressed, and --save compresses nothing")
         with np.load(path, allow_pickle=False) as members:
-            arrays = {name: members[name] for name in members}
+            if sum(member.file_size for member in members.zip.infolist()) > os.path.getsize(path):
+                raise ValueError("it is compressed, and --save compresses nothing")
+            arrays = dict(members)
         settings = json.loads(str(arrays.pop("settings")))
         if settings_of(module.build_parser().parse_args(words_of(settings, module)), module) != settings:
             raise ValueError(f"its settings are {', '.join(settings)}")
@@ -297,16 +293,15 @@ def unpacked(arrays, start):
         found, wanted = arrays[name], np.asarray(wanted)
         if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(f"{name} is {found.dtype} {found.shape}; expected {wanted.dtype} {wanted.shape}")
-    if arrays["iteration"] < 0:
-        raise ValueError(f"its iteration is {arrays['iteration']}")
-    iteration = int(arrays["iteration"])
-    state = start._replace(theta=arrays["theta"], moments=arrays.get("moments"), iteration=iteration)
+    found = {name: array if array.ndim else array.item() for name, array in arrays.items()}
+    if found["iteration"] < 0:
+        raise ValueError(f"its iteration is {found['iteration']}")
+    state = start._replace(theta=found["theta"], moments=found.get("moments"), iteration=found["iteration"])
     if rng is None:
         return state, None, None
     generator = np.random.default_rng(0)
     generator.bit_generator.state = json.loads(str(rng))
-    best = float(arrays["best_score"]), arrays["best_theta"], int(arrays["best_iteration"])
-    return state, Best(*best), generator
+    return state, Best(*(found[f"best_{name}"] for name in Best._fields)), generator
 
 
 def words_of(settings, module):
@@ -316,26 +311,19 @@ def words_of(settings, module):
     return [f"--{flag}={value}" for flag, value in flags.items()]
 
 
-class Log:
-    """The learning curve as CSV, one write per row, so that none is torn; continues after `iteration`.
+def begin_log(path, columns, iteration, every):
+    """The learning curve as CSV: its head, and what it has of an earlier part of the run, to `iteration`.
 
-    Of an earlier part of the run the rows are kept that the unbroken run has: one every `every` iterations.
+    Those rows are kept that the unbroken run has: one every `every` iterations.
     """
-
-    def __init__(self, path, columns, iteration, every):
-        head, rows = ["iteration", *columns], []
-        if iteration and os.path.exists(path):
-            with open(path, newline="", errors="replace") as file:
-                lines = [line.split(",") for line in file.read().splitlines()]
-            due = {str(i) for i in range(every, iteration + 1, every)}
-            rows = [row for row in lines if len(row) == len(head) and row[0] in due]
-        with writing(path) as file:
-            file.write(lines_of([head, *rows]))
-        self.path = path
-
-    def write(self, *row):
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(lines_of([row]))
+    head, rows = ["iteration", *columns], []
+    if iteration and os.path.exists(path):
+        with open(path, newline="", errors="replace") as file:
+            lines = [line.split(",") for line in file.read().splitlines()]
+        due = {str(i) for i in range(every, iteration + 1, every)}
+        rows = [row for row in lines if len(row) == len(head) and row[0] in due]
+    with writing(path) as file:
+        file.write(lines_of([head, *rows]))
 
 
 # A run ------------------------------------------------------------------------------------------
@@ -390,10 +378,9 @@ def run(args, module):
     check_outputs(args, experiments[0].columns)
     if args.plot:
         check_plot(args.plot, experiments)
-    for experiment in experiments:
-        if (args.workers or args.scheduler) and not experiment.spreads:
-            task = experiment.settings["task"]
-            raise Unusable(f"{task} has nothing to spread; leave out --workers, --scheduler")
+    unspread = [e.settings["task"] for e in experiments if not e.spreads]
+    if unspread and (args.workers or args.scheduler):
+        raise Unusable(f"{unspread[0]} has nothing to spread; leave out --workers, --scheduler")
     with workers_of(args, module) as map:
         for experiment in experiments:
             experiment.open(args.data, settled(module.EVALUATION, args, experiment.settings))
@@ -412,8 +399,7 @@ def evaluated(path, args, module):
             hint = "leave one of them out"
             raise Unusable(f"--evaluate trains nothing, so --{flag} does not go with it; {hint}")
     settings, state, *_ = load_checkpoint(path, module)
-    check_agreement(args, settings, path, free=() if settings["method"] == "meta-sgd" else ("alpha",))
-    settings["alpha"] = settings["alpha"] if args.alpha is None else args.alpha
+    reconcile(args, settings, path, free=() if settings["method"] == "meta-sgd" else ("alpha",))
     settings["iterations"] = state.iteration  # of a stopped run, or the best, not those asked for
     return module.experiment_of(settings), state.theta
 
@@ -427,15 +413,14 @@ def started(args, module):
     settings, state, best, rng = load_checkpoint(args.resume, module)
     if rng is None:
         raise Unusable(f"{args.resume} holds weights alone, to --evaluate; resume the checkpoint beside it")
-    check_agreement(args, settings, args.resume, free=("iterations",))
-    settings["iterations"] = args.iterations or settings["iterations"]
+    reconcile(args, settings, args.resume, free=("iterations",))
     if settings["iterations"] <= state.iteration:
         raise Unusable(f"{args.resume} is at iteration {state.iteration}; give --iterations above that")
     return module.experiment_of(settings), state, best, rng
 
 
-def check_agreement(args, settings, path, free):
-    """Unusable where a flag contradicts the checkpoint, but for those in `free`."""
+def reconcile(args, settings, path, free):
+    """Flags for settings in `free` replace them; Unusable where another contradicts the checkpoint."""
     for key, kept in settings.items():
         given = getattr(args, key)
         if given not in (None, kept) and key not in free:
@@ -443,44 +428,40 @@ def check_agreement(args, settings, path, free):
             again = args.evaluate and hasattr(args, f"eval_{key}")
             hint = f"give --eval-{flag}" if again else "leave the flag out"
             raise Unusable(f"{path} was trained with {flag} {kept}, not {given}; {hint}")
+        settings[key] = kept if given is None else given
 
 
 def meta_train(experiment, state, best, rng, args, module):
     """`train` with checkpoints, learning curve, progress and Ctrl-C: -> what was learned.
 
-    Where validation selects, that is what was best on it, kept in FILE.best.npz. Errors say what is kept.
+    Where validation selects, that is what was best on it, kept in FILE.best.npz.
     """
     save, final, iterations = args.save or args.resume, best, iterations_of(experiment.settings)
-    log = args.log and Log(args.log, experiment.columns, state.iteration, experiment.log_every)
+    if args.log:
+        begin_log(args.log, experiment.columns, state.iteration, experiment.log_every)
     if save and best.score > -np.inf:
         save_weights(best_of(save), experiment.settings, best.theta, best.iteration)
     progress = Progress(state.iteration, iterations, experiment.watched, experiment.smoothed)
-    with interruptible(module) as asked, progress:
-        try:
-            run = module.train(experiment.step, state, rng, iterations, experiment.map)
-            for state, outcome in run:
-                i, stopping = state.iteration, asked.is_set()  # read once: it may change below
-                last = i == iterations
-                if i % experiment.log_every == 0 or last:
-                    row, progress.text, best, final = measured(experiment, state, outcome, last, best, final)
-                    if log:
-                        log.write(i, *row)
-                    if save and final.iteration == i:
-                        save_weights(best_of(save), experiment.settings, final.theta, i)
-                if save and (i % experiment.save_every == 0 or last or stopping):
-                    save_checkpoint(save, experiment.settings, state, best, rng)
-                progress.show(i, outcome)
-                if stopping:
-                    hint = (
-                        f"saved; {way_on(args, module, save, last)}"
-                        if save
-                        else "nothing was saved (no --save)"
-                    )
-                    raise KeyboardInterrupt(f"interrupted at iteration {i}: {hint}")
-        except (FloatingPointError, OSError) as error:
-            kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
-            hint = f": lower {module.LOWER}" if isinstance(error, FloatingPointError) else ""
-            raise type(error)(f"{error}{hint}{kept}") from None
+    with interruptible(module) as asked, hinting(module, save), progress:
+        run = module.train(experiment.step, state, rng, iterations, experiment.map)
+        for state, outcome in run:
+            i, stopping = state.iteration, asked.is_set()  # read once: it may change below
+            last = i == iterations
+            if i % experiment.log_every == 0 or last:
+                row, progress.text, best, final = measured(experiment, state, outcome, last, best, final)
+                if args.log:
+                    with open(args.log, "ab", buffering=0) as file:  # in one write, so that no row is torn
+                        file.write(lines_of([(i, *row)]))
+                if save and final.iteration == i:
+                    save_weights(best_of(save), experiment.settings, final.theta, i)
+            if save and (i % experiment.save_every == 0 or last or stopping):
+                save_checkpoint(save, experiment.settings, state, best, rng)
+            progress.show(i, outcome)
+            if stopping:
+                hint = "nothing was saved (no --save)"
+                if save:
+                    hint = f"saved; {way_on(args, module, save, last)}"
+                raise KeyboardInterrupt(f"interrupted at iteration {i}: {hint}")
     if save and iterations == 0:
         save_checkpoint(save, experiment.settings, state, best, rng)
     if save:
@@ -489,6 +470,17 @@ def meta_train(experiment, state, best, rng, args, module):
     elif iterations:
         tell("the model is not kept: --save FILE.npz keeps it")
     return final.theta if experiment.keeps_best else state.theta
+
+
+@contextmanager
+def hinting(module, save):
+    """A run's errors, with what to lower, and which checkpoint is kept."""
+    try:
+        yield
+    except (FloatingPointError, OSError) as error:
+        hint = f": lower {module.LOWER}" if isinstance(error, FloatingPointError) else ""
+        kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
+        raise type(error)(f"{error}{hint}{kept}") from None
 
 
 def way_on(args, module, save, last):

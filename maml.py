@@ -7,7 +7,6 @@ autograd.numpy for theta [T, P]. Where it carries closed forms (`expand` and `gr
 nets.py) they are used; else autograd supplies them. The dtype of theta decides the dtype of everything.
 """
 
-import csv
 import math
 import sys
 from functools import cached_property, partial
@@ -48,9 +47,7 @@ def meta_gradient_by_definition(loss, theta, support, query, alpha, steps):
     The reference for everything below: it calls the loss alone, none of its closed forms. Its graph
     keeps every intermediate result of every step.
     """
-    return value_and_grad(
-        lambda theta: meta_loss(lambda *data: loss(*data), theta, support, query, alpha, steps)
-    )(theta)
+    return value_and_grad(meta_loss, 1)(lambda *data: loss(*data), theta, support, query, alpha, steps)
 
 
 # The algorithm: the recursion ------------------------------------------------------------------
@@ -195,10 +192,9 @@ def _checked(theta, support, alpha, steps, order=None):
     if np.ndim(alpha) == 0:
         return float(alpha) if isinstance(alpha, (int, float, np.generic, np.ndarray)) else alpha
     found = getattr(alpha, "dtype", type(alpha).__name__), getattr(alpha, "shape", ())
-    if found != (theta.dtype, theta.shape[-1:]):
-        raise ValueError(
-            "alpha is {} {}; expected {} {} or a number".format(*found, theta.dtype, theta.shape[-1:])
-        )
+    expected = theta.dtype, theta.shape[-1:]
+    if found != expected:
+        raise ValueError("alpha is {} {}; expected {} {} or a number".format(*found, *expected))
     return alpha
 
 
@@ -209,10 +205,8 @@ def _per_task(theta, x):
 
 def _one_each(values, theta):
     if (values.shape, values.dtype) != ((len(theta),), theta.dtype):
-        found = f"{values.dtype} {values.shape}"
-        raise ValueError(
-            f"the loss returned {found}; expected one value a task, {theta.dtype} ({len(theta)},)"
-        )
+        expected = f"one value a task, {theta.dtype} ({len(theta)},)"
+        raise ValueError(f"the loss returned {values.dtype} {values.shape}; expected {expected}")
     return values
 
 
@@ -263,8 +257,7 @@ def adam_step(state, rng, outer_gradient, sample, tasks, beta, clip=np.inf, parc
     as in `spread`. The gradient is clipped to ±clip, element by element. FloatingPointError names the
     iteration whose loss or gradient is not finite.
     """
-    at_theta = partial(outer_gradient, state.theta)
-    value, g = mean_over_parcels(at_theta, sample, rng, tasks, parcel, map)
+    value, g = mean_over_parcels(partial(outer_gradient, state.theta), sample, rng, tasks, parcel, map)
     if not (np.isfinite(value) and np.isfinite(g).all()):
         what = f"the meta-loss is {value}, its largest gradient {np.abs(g).max()}"
         raise FloatingPointError(f"{what}, at iteration {state.iteration + 1}")
@@ -460,7 +453,7 @@ class Experiment:
     def __init__(self, settings):
         self.settings, self.method = settings, settings["method"]
         self.network = nets.mlp((3 if self.method == "oracle" else 1, 40, 40, 1))
-        self.loss = self.metric = nets.mean_squared_error(self.network)
+        self.loss = self.trained = self.metric = nets.mean_squared_error(self.network)
 
     def open(self, data, asked):
         if data:
@@ -476,7 +469,7 @@ class Experiment:
         return np.random.default_rng([self.settings["seed"], STREAMS.index(purpose)])
 
     def start(self):
-        theta = self.network.init(self.stream("init"), self.settings["dtype"])
+        theta = self.trained.network.init(self.stream("init"), self.settings["dtype"])
         if self.method == "meta-sgd":
             theta = np.concatenate([theta, np.zeros_like(theta) + self.inner_rate()])
         return State.start(theta)
@@ -490,7 +483,7 @@ class Experiment:
             "fomaml": partial(meta_gradient, self.loss, alpha=alpha, steps=steps, order=1),
             "meta-sgd": partial(meta_sgd_gradient, self.loss, steps=steps),
             "reptile": partial(reptile_gradient, self.loss, alpha=alpha, steps=steps),
-        }.get(self.method, partial(joint_gradient, self.loss))
+        }.get(self.method, partial(joint_gradient, self.trained))
 
     def meta_batch(self):
         """What a meta-iteration takes: {sample, tasks, parcel}, as `spread` has them."""
@@ -520,9 +513,8 @@ class Experiment:
         if not fixed:
             return alpha
         rates = np.full(self.network.size, alpha, self.settings["dtype"])
-        for name, view in self.network.unflatten(rates).items():
-            if name in fixed:
-                view[...] = 0
+        for name in fixed:
+            self.network.unflatten(rates)[name][...] = 0
         return rates
 
     def adaptation(self, learned):
@@ -565,8 +557,7 @@ class ImageExperiment(Experiment):
             sizes = math.prod(self.shape), 256, 128, 64, 64  # the authors'
             self.network_for = lambda ways: nets.mlp((*sizes, ways), normalize=True)
         self.network = self.network_for(ways)
-        self.loss = nets.cross_entropy(self.network)
-        self.metric = partial(accuracy, self.network)
+        self.loss = self.trained = nets.cross_entropy(self.network)
         self.parcel = 1 if mini or ways > 10 else max(1, 8 // settings["shots"])
         if settings["steps"] > MANY_STEPS:
             self.meta_gradient = partial(meta_gradient_recomputed, kept=KEPT_STEPS)
@@ -602,11 +593,9 @@ class ImageExperiment(Experiment):
 
     def curve(self, learned, purpose, count, shots, steps, queries="together"):
         theta, alpha = self.adaptation(learned)
-        one = partial(curve, self.loss, theta, alpha=alpha, steps=steps, metric=self.metric)
+        one = partial(accuracies, self.loss, theta, alpha=alpha, steps=steps, queries=queries)
         if self.method == "nearest":
             one = nearest_accuracy
-        elif queries == "alone":
-            one = partial(curve_alone, self.network, self.loss, theta, alpha=alpha, steps=steps)
         drawn = self.sample(purpose, shots), self.stream(purpose), count
         return np.concatenate(spread(one, *drawn, self.parcel, self.map), axis=1)
 
@@ -618,9 +607,7 @@ class PretrainedImages(ImageExperiment):
         super().__init__(settings)
         self.clip = np.inf  # the authors clip meta-gradients alone
         self.classifier = self.network_for(CLASSIFIED[settings["task"]])
-
-    def start(self):
-        return State.start(self.classifier.init(self.stream("init"), self.settings["dtype"]))
+        self.trained = nets.cross_entropy(self.classifier)
 
     def meta_batch(self):
         """As many images as MAML meets, as one task."""
@@ -628,9 +615,6 @@ class PretrainedImages(ImageExperiment):
         count, dtype = s["meta_batch"] * s["ways"] * (s["shots"] + s["query"]), np.dtype(s["dtype"])
         drawn = {"images": self.images["train"], "count": count, "outputs": outputs, "dtype": dtype}
         return {"sample": partial(tasks.labelled, **drawn), "tasks": 1}
-
-    def outer_gradient(self):
-        return partial(joint_gradient, nets.cross_entropy(self.classifier))
 
     def adaptation(self, learned):
         """The body, and a last layer of zeros."""
@@ -646,11 +630,6 @@ def nearest_accuracy(support, query):
     return (tasks.nearest(support, query) * query[1]).sum(axis=-1).mean(axis=1)[None].astype(float)
 
 
-def together(network, theta, x):
-    """The network's outputs [T, n, ways]: batch norm takes the statistics of all n examples."""
-    return network.forward(theta, x)[0]
-
-
 def alone(network, theta, x, support):
     """The outputs for queries x, each normalised with the support images and itself."""
     sets = (np.concatenate([support, x[:, i : i + 1]], axis=1) for i in range(x.shape[1]))
@@ -663,15 +642,16 @@ def softmax(out):
     return chances / chances.sum(axis=-1, keepdims=True)
 
 
-def curve_alone(network, loss, theta, support, query, alpha, steps):
-    """`curve` of the accuracy on queries, each `alone`."""
-    metric = partial(accuracy, network, outputs=partial(alone, support=support[0]))
+def accuracies(loss, theta, support, query, alpha, steps, queries):
+    """`curve` of the accuracy, the queries `together` in batch norm or each `alone`."""
+    metric = partial(accuracy, loss.network, support=support[0] if queries == "alone" else None)
     return curve(loss, theta, support, query, alpha, steps, metric)
 
 
-def accuracy(network, theta, x, y, outputs=together):
+def accuracy(network, theta, x, y, support=None):
     """The fraction of examples whose largest output is at the label, [T]; NaN if an output is not finite."""
-    out = outputs(network, theta, x)
+    # batch norm takes the statistics of all examples, or of the support images and one at a time
+    out = network.forward(theta, x)[0] if support is None else alone(network, theta, x, support)
     right = (out.argmax(axis=-1) == y.argmax(axis=-1)).mean(axis=1)
     return np.where(np.isfinite(out).all(axis=(1, 2)), right, np.nan)
 
@@ -703,9 +683,8 @@ def classify(models, args):
         theta = adapt(experiment.loss, theta, support, alpha, steps)
         out = alone(network, theta, x, support[0])[0]
         if not np.isfinite(out).all():
-            raise FloatingPointError(
-                f"the outputs diverge within {steps} steps: lower --alpha or --eval-steps"
-            )
+            found = f"the outputs diverge within {steps} steps"
+            raise FloatingPointError(f"{found}: lower --alpha or --eval-steps")
         lines = [f"{'class':<24}{'probability':<14}query, by {name}"]
         for file, row in zip(files, softmax(out)):
             lines.append(f"{classes[row.argmax()]:<24}{row.max():<14.3f}{file}")
@@ -726,15 +705,13 @@ def plot(models, curves, log):
 def learning(axes, log, scale=1):
     """What --log has written: the metric before and after adaptation; of many rows running means of ten."""
     with open(log, newline="") as file:
-        rows = list(csv.DictReader(file))
-    iterations = [int(row["iteration"]) for row in rows]
+        rows = np.genfromtxt(file, delimiter=",", names=True, ndmin=1, loose=False)
     for when, color in {"before": GREY, "after": BLUE}.items():
-        values, style = [scale * float(row[when]) for row in rows], "o-"
+        values, style = scale * rows[when], "o-"
         if len(rows) >= 100:
             values, style = np.convolve(values, np.full(10, 0.1), "valid"), "-"
-        axes.plot(
-            iterations[-len(values) :], values, style, ms=3, lw=1, color=color, label=f"{when} adaptation"
-        )
+        iterations = rows["iteration"][-len(values) :]
+        axes.plot(iterations, values, style, ms=3, lw=1, color=color, label=f"{when} adaptation")
     axes.set(xlabel="meta-iterations")
 
 
