@@ -13,12 +13,13 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
 import zipfile
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, partial
 from typing import NamedTuple
@@ -203,7 +204,7 @@ def lines_of(rows):
 
 def check_outputs(args, columns):
     """Unusable where the run could not write a file, or would replace one that is not its own."""
-    heads = {"log": ",".join(["iteration", *columns]), "results": "task,method,"}
+    ours = {"log": (",".join(["iteration", *columns]), not args.resume), "results": ("task,method,", False)}
     own, save = ("save", args.save) if args.save else ("resume", args.resume)
     files = [(own, save), (own, save and best_of(save))]
     files += [(flag, getattr(args, flag)) for flag in ("log", "results", "plot")]
@@ -220,11 +221,14 @@ def check_outputs(args, columns):
             raise Unusable(f"--{names[os.path.realpath(path)]} and --{flag} are both {path}; name two files")
     for flag, path in files:
         if path:
-            check_writable(f"--{flag}", path, heads.get(flag))
+            check_writable(f"--{flag}", path, *ours.get(flag, ()))
 
 
-def check_writable(flag, path, head=None):
-    """Unusable unless a file can be made at `path`, where there is none or one of ours, begun by `head`."""
+def check_writable(flag, path, head=None, alone=False):
+    """Unusable unless a file can be made at `path`, where there is none or one of ours.
+
+    It is ours where it begins with `head`, and, if that is to stand `alone`, has no further line.
+    """
     try:
         if os.path.isdir(path) or path.endswith(os.sep):
             raise IsADirectoryError(21, "is a folder")
@@ -232,7 +236,7 @@ def check_writable(flag, path, head=None):
             raise FileExistsError(17, "is no regular file")
         if head and os.path.exists(path):
             with open(path, errors="replace") as file:
-                if not file.readline(999).startswith(head):
+                if not file.readline(999).startswith(head) or alone and file.readline(999):
                     raise Unusable(f"{flag} {path}: not the file of this run; name another, or remove it")
         with suppress(LookupError), writing(path):
             raise LookupError  # tried, and given up: root may write where no flag says so
@@ -279,7 +283,8 @@ def load_checkpoint(path, module):
         raise Unusable(f"{path}: there is no such file; name a checkpoint that --save wrote")
     except Exception as error:  # whatever the bytes hold
         reason = tasks.one_line(error)
-        raise Unusable(f"{path}: not a whole checkpoint ({reason}); name a file that --save wrote")
+        what = f"not a whole checkpoint of {module.__name__}.py ({reason})"
+        raise Unusable(f"{path}: {what}; name a file that its --save wrote")
 
 
 def unpacked(arrays, start):
@@ -357,10 +362,11 @@ def guarded(name, function):
         code, text = 2, error
     except (FloatingPointError, OSError) as error:
         code, text = 1, error
-    except MemoryError as error:
-        code, text = 1, f"out of memory; lower --meta-batch, --shots or --eval-tasks ({error})"
     except BrokenExecutor:
-        code, text = 1, "a worker was lost; --resume goes on from the last checkpoint"
+        code, text = 1, "a worker was lost"
+    except MemoryError as error:
+        sizes = "--meta-batch, --shots, --trajectories or --eval-tasks"
+        code, text = 1, f"out of memory; lower {sizes} ({error})"
     except KeyboardInterrupt as error:
         code, text = 130, str(error) or "interrupted"
     tell(f"{name}: {' '.join(str(text).split())}")
@@ -389,7 +395,8 @@ def run(args, module):
         try:
             report(models, args, module)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("interrupted: --evaluate makes the table and the picture again")
+            hint = ": --evaluate makes the table and the picture again"
+            raise KeyboardInterrupt("interrupted" + hint * bool(args.evaluate or args.save or args.resume))
 
 
 def evaluated(path, args, module):
@@ -399,7 +406,7 @@ def evaluated(path, args, module):
             hint = "leave one of them out"
             raise Unusable(f"--evaluate trains nothing, so --{flag} does not go with it; {hint}")
     settings, state, *_ = load_checkpoint(path, module)
-    reconcile(args, settings, path, free=() if settings["method"] == "meta-sgd" else ("alpha",))
+    reconcile(args, settings, path, module, free=() if settings["method"] == "meta-sgd" else ("alpha",))
     settings["iterations"] = state.iteration  # of a stopped run, or the best, not those asked for
     return module.experiment_of(settings), state.theta
 
@@ -413,14 +420,15 @@ def started(args, module):
     settings, state, best, rng = load_checkpoint(args.resume, module)
     if rng is None:
         raise Unusable(f"{args.resume} holds weights alone, to --evaluate; resume the checkpoint beside it")
-    reconcile(args, settings, args.resume, free=("iterations",))
+    reconcile(args, settings, args.resume, module, free=("iterations",))
     if settings["iterations"] <= state.iteration:
         raise Unusable(f"{args.resume} is at iteration {state.iteration}; give --iterations above that")
     return module.experiment_of(settings), state, best, rng
 
 
-def reconcile(args, settings, path, free):
+def reconcile(args, settings, path, module, free):
     """Flags for settings in `free` replace them; Unusable where another contradicts the checkpoint."""
+    settled(module.SETTINGS, args, settings)  # Unusable where its task has no such setting
     for key, kept in settings.items():
         given = getattr(args, key)
         if given not in (None, kept) and key not in free:
@@ -439,10 +447,12 @@ def meta_train(experiment, state, best, rng, args, module):
     save, final, iterations = args.save or args.resume, best, iterations_of(experiment.settings)
     if args.log:
         begin_log(args.log, experiment.columns, state.iteration, experiment.log_every)
-    if save and best.score > -np.inf:
-        save_weights(best_of(save), experiment.settings, best.theta, best.iteration)
     progress = Progress(state.iteration, iterations, experiment.watched, experiment.smoothed)
     with interruptible(module) as asked, hinting(module, save), progress:
+        if save:  # at once, so that no other run takes this name
+            save_checkpoint(save, experiment.settings, state, best, rng)
+        if save and best.score > -np.inf:
+            save_weights(best_of(save), experiment.settings, best.theta, best.iteration)
         run = module.train(experiment.step, state, rng, iterations, experiment.map)
         for state, outcome in run:
             i, stopping = state.iteration, asked.is_set()  # read once: it may change below
@@ -460,10 +470,9 @@ def meta_train(experiment, state, best, rng, args, module):
             if stopping:
                 hint = "nothing was saved (no --save)"
                 if save:
-                    hint = f"saved; {way_on(args, module, save, last)}"
+                    model = best_of(save) if last and final.score > -np.inf else save
+                    hint = f"saved; {way_on(args, module, model, last)}"
                 raise KeyboardInterrupt(f"interrupted at iteration {i}: {hint}")
-    if save and iterations == 0:
-        save_checkpoint(save, experiment.settings, state, best, rng)
     if save:
         which = f"; {best_of(save)}: the best on validation, of iteration {final.iteration}"
         tell(f"{save}: kept, --evaluate or --resume it{which if final.score > -np.inf else ''}")
@@ -477,15 +486,17 @@ def hinting(module, save):
     """A run's errors, with what to lower, and which checkpoint is kept."""
     try:
         yield
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, BrokenExecutor) as error:
+        if isinstance(error, BrokenExecutor):
+            error = OSError("a worker was lost")
         hint = f": lower {module.LOWER}" if isinstance(error, FloatingPointError) else ""
-        kept = f"; {save} holds the last checkpoint" if save and os.path.exists(save) else ""
+        kept = f"; {save} holds the last checkpoint, --resume it" if save and os.path.exists(save) else ""
         raise type(error)(f"{error}{hint}{kept}") from None
 
 
-def way_on(args, module, save, last):
+def way_on(args, module, model, last):
     """The flags that go on with a run that was interrupted, with those which no checkpoint has."""
-    again = {"evaluate" if last else "resume": save, "log": None if last else args.log}
+    again = {"evaluate" if last else "resume": model, "log": None if last else args.log}
     names = ["data", "results", "plot", "workers", "scheduler", *(row.name for row in module.EVALUATION)]
     words = []
     for name, value in (again | {name: getattr(args, name) for name in names}).items():
@@ -555,9 +566,11 @@ class Progress(AbstractContextManager):
         speed = (done - self.first) / max(now - self.began, 1e-9)
         pace = f"{speed:.4g} {self.unit}s/s" if speed > 1 else f"{1 / speed:.3g} s/{self.unit}"
         left = datetime.timedelta(seconds=round((self.of - done) / speed))
-        line = f"{done}/{self.of}  {self.watched} {self.smooth:.3f}  {self.text}  {pace}  {left} left"
-        before, after, end = ("\r", "\033[K", "") if self.terminal else ("", "", "\n")
-        tell(f"{before}{line}{after}", end=end)
+        line = f"{done}/{self.of}  {self.watched} {self.smooth:.3f}  {pace}  {left} left  {self.text}"
+        if self.terminal:
+            tell(f"\r{line[: shutil.get_terminal_size().columns - 1]}\033[K", end="")
+        else:
+            tell(line)
 
     def __exit__(self, *_):
         if self.terminal and self.shown is not None:
@@ -629,10 +642,11 @@ def pool_map(pool, function, *columns):
 def _dask_map(client, function, *columns):
     """The executor's map; a parcel whose worker is lost goes to another."""
     from distributed import KilledWorker
+    from distributed.client import ClosedClientError
 
     try:
         return list(client.get_executor().map(function, *columns))
-    except KilledWorker:
+    except (KilledWorker, CancelledError, ClosedClientError):  # the last two where the scheduler is lost
         raise BrokenExecutor from None
 
 

@@ -65,7 +65,7 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
     steps. Costs steps + 1 gradients and `steps` Hessian-vector products; keeps, of each step, theta_s and
     what its product reads.
     """
-    alpha = _checked(theta, support, alpha, steps, order)
+    alpha = _checked(theta, support, alpha, steps, order, query)
     if order == 1:
         value, v = expand(loss, adapt(loss, theta, support, alpha, steps), *query)[:2]
         return value.mean(), v.mean(axis=0)
@@ -85,7 +85,7 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
     Of the last `kept` steps it keeps what their products read; of those before them theta_s alone, from which
     the rest is computed again: one more gradient for each of these steps.
     """
-    alpha = _checked(theta, support, alpha, steps, order=2)
+    alpha = _checked(theta, support, alpha, steps, 2, query)
     if kept < 0:
         raise ValueError(f"kept = {kept}; expected 0 or more")
     thetas = [theta]
@@ -142,7 +142,7 @@ def meta_sgd_gradient(loss, theta_alpha, support, query, steps):
     `unroll`, but their gradients are kept.
     """
     theta, alpha = np.split(theta_alpha, 2)
-    alpha = _checked(theta, support, alpha, steps, order=2)
+    alpha = _checked(theta, support, alpha, steps, 2, query)
     trail = []
     for _ in range(steps):
         _, g, product = expand(loss, theta, *support)
@@ -171,20 +171,21 @@ def joint_gradient(loss, theta, support, query):
     return meta_gradient(loss, theta, support, support, 0.0, 0)
 
 
-def _checked(theta, support, alpha, steps, order=None):
+def _checked(theta, support, alpha, steps, order=None, query=None):
     """alpha as a Python number or an array of theta's dtype; ValueError where the arguments do not fit.
 
-    A meta-gradient gives its `order`, and its theta is [P].
+    A meta-gradient gives its order and query set, and its theta is [P].
     """
-    x, y = support
     shape, dtype = getattr(theta, "shape", ()), getattr(theta, "dtype", type(theta).__name__)
     if len(shape) not in ((1,) if order else (1, 2)) or getattr(dtype, "kind", "") != "f":
         expected = "[P]" if order else "[P] or [tasks, P]"
         raise ValueError(f"theta is {dtype} {shape}; expected an array of floats, {expected}")
-    if 0 in x.shape[:2]:
-        raise ValueError(f"x has shape {x.shape}; expected 1 task and 1 example or more")
-    if len(x) != len(y) or theta.ndim == 2 and len(theta) != len(x):
-        raise ValueError(f"theta {theta.shape}, x {x.shape}, y {y.shape}: different numbers of tasks")
+    for x, y in (support, query or support):
+        if 0 in x.shape[:2]:
+            raise ValueError(f"x has shape {x.shape}; expected 1 task and 1 example or more")
+        if len({len(support[0]), len(x), len(y), *theta.shape[:-1]}) > 1:
+            shapes = f"theta {theta.shape}, x {x.shape}, y {y.shape}"
+            raise ValueError(f"{shapes}: different numbers of tasks, of which support has {len(support[0])}")
     if not isinstance(steps, (int, np.integer)) or steps < 0:
         raise ValueError(f"steps = {steps}; expected an integer, 0 or more")
     if order not in (None, 1, 2):
@@ -258,7 +259,7 @@ def adam_step(state, rng, outer_gradient, sample, tasks, beta, clip=np.inf, parc
     iteration whose loss or gradient is not finite.
     """
     value, g = mean_over_parcels(partial(outer_gradient, state.theta), sample, rng, tasks, parcel, map)
-    if not (np.isfinite(value) and np.isfinite(g).all()):
+    if not (np.isfinite(value) and np.isfinite(np.dot(g, g))):  # Adam's v are squares
         what = f"the meta-loss is {value}, its largest gradient {np.abs(g).max()}"
         raise FloatingPointError(f"{what}, at iteration {state.iteration + 1}")
     return adam(state, np.clip(g, -clip, clip) if clip < np.inf else g, beta), value
@@ -665,8 +666,8 @@ def experiment_of(settings):
 
 def classify(models, args):
     """The class and its probability of each query image in --adapt's folder."""
-    for flag in ("data", "results", "plot", "workers", "scheduler"):
-        if getattr(args, flag):
+    for flag in "data results plot workers scheduler eval-tasks eval-shots eval-queries".split():
+        if getattr(args, flag.replace("-", "_")):
             raise Unusable(f"--adapt prints its answer alone, so --{flag} does not go with it; leave it out")
     for (experiment, learned), name in zip(models, cli.names_of(models, args)):
         s, network = experiment.settings, experiment.network
@@ -775,9 +776,13 @@ def plot_episode(canvas, experiment, learned):
     support, query = experiment.sample("test", s["shots"], 1)(experiment.stream("test"), tasks=1)
     theta, alpha = experiment.adaptation(learned)
     grid = canvas.subplots(shots + 2, min(len(ways), 6), squeeze=False, sharey="row")
-    for i, name, color, aside in ((0, "before", PALE, -0.2), (steps, f"after {steps} steps", NAVY, 0.2)):
-        out = experiment.network.apply(adapt(experiment.loss, theta, support, alpha, i), query[0])[0]
-        chances = softmax(out)
+    shown = [(0, "before", PALE, -0.2), (steps, f"after {steps} steps", NAVY, 0.2)]
+    if experiment.method == "nearest":
+        shown, chances = [(0, "nearest image", NAVY, 0)], tasks.nearest(support, query)[0]
+    for i, name, color, aside in shown:
+        if experiment.method != "nearest":
+            out = experiment.network.apply(adapt(experiment.loss, theta, support, alpha, i), query[0])[0]
+            chances = softmax(out)
         for axes, chance in zip(grid[-1], chances):
             axes.bar(ways + aside, chance, 0.4, color=color, label=name)
     for label, column in enumerate(grid.T):

@@ -449,7 +449,7 @@ def trust_region_step(theta, value, gradient, product, objective, max_kl, cg_ste
 
 # The experiments -------------------------------------------------------------------------------
 
-# The authors' settings (not all are the paper's); locomotion's lam and cg_steps: README, departure 14.
+# The authors' settings (not all are the paper's); locomotion's lam and cg_steps: README, departure 13.
 TASKS = cli.COMMANDS["rl.py"]
 share = cli.number(float, 0, 1, "share (0 to 1)")
 # fmt: off
