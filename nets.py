@@ -19,7 +19,7 @@ reverse, at the cost of two gradients and with no pass repeated.
 
 import itertools
 import math
-from functools import reduce
+from functools import partial, reduce
 from operator import iadd
 
 import autograd.numpy as anp
@@ -77,7 +77,7 @@ class Network:
     def forward(self, theta, x):
         """Equals `apply`, and is the first of the four passes: -> outputs, backward.
 
-        backward(u)     u [T, n, *outputs] -> Jᵀu [T, P], tangent
+        backward(u)     u [T, n, *outputs] -> Jᵀu [T, P], tangent; u, as du below, may be overwritten
         tangent(v)      v [T, P] -> J v [T, n, *outputs], finish
         finish(du, h)   -> h = Jᵀdu + (dJ)ᵀu, [T, P], or its sum over tasks where h is [P]
         """
@@ -111,22 +111,17 @@ class Network:
 
     def _views(self, theta):
         """theta [P] or [T, P] -> the parameters of each layer as its closed form wants them."""
-        lead = theta.shape[:-1]
-        return [view and theta[..., cut].reshape(lead + view) for cut, view in self.parts]
+        return [view and theta[..., cut].reshape(theta.shape[:-1] + view) for cut, view in self.parts]
 
     def _checked(self, theta, x):
-        if theta.ndim not in (1, 2) or theta.shape[-1] != self.size:
-            raise ValueError(
-                f"theta has shape {theta.shape}; expected ({self.size},) or (tasks, {self.size})"
-            )
-        if x.ndim < 3 or math.prod(x.shape[2:]) != math.prod(self.inputs):
+        flat = 1 in (x.ndim - 2, len(self.inputs)) and math.prod(x.shape[2:]) == math.prod(self.inputs)
+        if x.ndim < 3 or x.shape[2:] != self.inputs and not flat:
             raise ValueError(f"x has shape {x.shape}; expected (tasks, examples, *{self.inputs})")
-        if theta.ndim == 2 and len(theta) != len(x):
-            raise ValueError(f"theta has shape {theta.shape} and x {x.shape}: different numbers of tasks")
+        if theta.shape not in ((self.size,), (len(x), self.size)):
+            expected = f"({self.size},) or (tasks, {self.size})"
+            raise ValueError(f"theta has shape {theta.shape}, x {x.shape}; expected theta {expected}")
         if theta.dtype.kind != "f" or x.dtype != theta.dtype:
-            raise ValueError(
-                f"x is {x.dtype} and theta {theta.dtype}; expected the same floating-point dtype"
-            )
+            raise ValueError(f"x is {x.dtype} and theta {theta.dtype}; expected one floating-point dtype")
         return x.reshape(x.shape[:2] + self.inputs)
 
 
@@ -153,15 +148,14 @@ def convnet(shape, ways, filters=64, pool=False):
     layer reads all that is left. theta is conv1 beta1 ... conv4 beta4 w b. Initial weights are the authors':
     Glorot uniform, but standard normal in the layer after the mean over space; the rest zero.
     """
-    height, width, inputs = shape
+    height, width, channels = shape
     if pool and min(height, width) < 16:
         raise ValueError(f"images are {shape}; four 2x2 pools need 16x16 pixels or more")
     layers, stride = [], 1 if pool else 2
-    for i in range(1, 5):
+    for i, inputs in enumerate((channels, filters, filters, filters), 1):
         conv, norm = Conv(inputs, filters, f"conv{i}", stride), BatchNorm(filters, f"beta{i}")
         layers += [conv, norm] if layers else [FirstBlock(conv, norm)]
         layers += [MaxPool(), Relu()] if pool else [Relu()]
-        inputs = filters
     if pool:
         pixels = (height // 16) * (width // 16)
         layers += [Flatten(), Dense(pixels * filters, ways, ("w", "b"), glorot_uniform)]
@@ -274,7 +268,7 @@ class Relu(_Fixed):
     """out = max(x, 0): linear between its kinks, where M multiplies by the mask x > 0."""
 
     def apply(self, x):
-        return anp.maximum(x, 0)
+        return anp.where(x > 0, x, 0)  # anp.maximum has slope 1/2 at 0
 
     def forward(self, _, x):
         mask = (x > 0).astype(x.dtype)
@@ -437,10 +431,8 @@ class Conv:
     closed form is out = a w with a = unfold(x), the patches of 3x3 pixels as rows; dL/dx = unfoldᵀ(u wᵀ).
     """
 
-    draw = staticmethod(glorot_uniform)
-
     def __init__(self, inputs, outputs, name, stride):
-        self.stride = stride
+        self.draw, self.stride = glorot_uniform, stride
         self.shapes, self.view = {name: (3, 3, inputs, outputs)}, (9 * inputs, outputs)
 
     def apply(self, x, w):
@@ -507,8 +499,12 @@ class _Patches:
         """Σ over pairs (u, w) of unfoldᵀ(u wᵀ): the gradient by x. At stride 1 it is itself a convolution."""
         if self.stride == 1:
             return reduce(iadd, (_Patches(u, 1).convolve(_turned(w)) for u, w in pairs))
-        patches = reduce(iadd, (_times(_rows(u), w.mT) for u, w in pairs))
-        return _fold(patches, self.x_shape, self.stride)
+        patches = reduce(iadd, (_times(_rows(u), w.mT) for u, w in pairs)).reshape(*self.shape, 9, -1)
+        tasks, n, height, width, c = self.x_shape
+        padded = np.zeros((tasks, n, height + 2, width + 2, c), patches.dtype)
+        for k, tap in enumerate(_taps(padded, self.stride)):  # a pixel sums what the patches hold of it
+            tap += patches[..., k, :]
+        return padded[:, :, 1:-1, 1:-1]
 
 
 def _turned(w):
@@ -542,17 +538,6 @@ def _unfold(x, stride):
     (*size, c), (*steps, number) = first.shape, first.strides
     patches = np.lib.stride_tricks.as_strided(first, (*size, 3, 3 * c), (*steps, padded.strides[2], number))
     return patches.reshape(len(x), -1, 9 * c)
-
-
-def _fold(a, shape, stride):
-    """The adjoint of `_unfold`: each pixel of x's shape sums what the patches hold of it."""
-    tasks, n, h, w, c = shape
-    padded = np.zeros((tasks, n, h + 2, w + 2, c), a.dtype)
-    taps = _taps(padded, stride)
-    a = a.reshape(*taps[0].shape[:4], 9, c)
-    for k, tap in enumerate(taps):
-        tap += a[..., k, :]
-    return padded[:, :, 1:-1, 1:-1]
 
 
 class FirstBlock:
@@ -646,7 +631,7 @@ def _centred_patches(x, stride):
 
 
 class SquaredError:
-    """L = mean over examples and outputs of (out - y)²."""
+    """L = mean over examples and outputs of (out - y)²: eq. (2), but a mean: alpha fits any n."""
 
     def value(self, out, y):
         return anp.mean((out - y) ** 2, axis=tuple(range(1, y.ndim)))
@@ -660,9 +645,9 @@ class SquaredError:
 
 
 class CrossEntropy:
-    """L = mean over examples of -Σ_c y_c log p_c, p = softmax(out), y one-hot [T, n, ways].
+    """L = mean over examples of -Σ_c y_c log p_c, p = softmax(out), y [T, n, ways], one-hot: eq. (3).
 
-    dL/d out = (p - y) / n, and along d_out it changes by p (d_out - p·d_out) / n.
+    dL/d out = (w p - y) / n with w = Σ_c y_c, and along d_out it changes by w p (d_out - p·d_out) / n.
     """
 
     def value(self, out, y):
@@ -671,17 +656,14 @@ class CrossEntropy:
         return -anp.mean(anp.sum(y * logs, axis=-1), axis=1)
 
     def expand(self, out, y):
-        n = y.shape[1]
+        n, w = y.shape[1], y.sum(axis=-1, keepdims=True)  # w is 1, or an example's weight
         logs = out - out.max(axis=-1, keepdims=True)
         p = np.exp(logs)
         total = p.sum(axis=-1, keepdims=True)
         logs -= np.log(total)
         p /= total
-
-        def second(d_out):
-            return p * (d_out - np.vecdot(p, d_out)[..., None]) / n
-
-        return -np.vecdot(y, logs).mean(axis=1), (p - y) / n, second
+        value = -np.vecdot(y, logs).mean(axis=1)
+        return value, (w * p - y) / n, lambda d_out: w * p * (d_out - np.vecdot(p, d_out)[..., None]) / n
 
 
 class Loss:
@@ -728,14 +710,8 @@ defvjp(
 )
 
 
-def mean_squared_error(network):
-    """L = mean over examples and outputs of (f_theta(x) - y)²: eq. (2), but a mean: alpha fits any n."""
-    return Loss(network, SquaredError())
-
-
-def cross_entropy(network):
-    """L = mean over examples of -log softmax(f_theta(x)) at the class that y [T, n, ways] marks: eq. (3)."""
-    return Loss(network, CrossEntropy())
+mean_squared_error = partial(Loss, output=SquaredError())  # of a network
+cross_entropy = partial(Loss, output=CrossEntropy())
 
 
 def _matching(out, y):

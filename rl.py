@@ -84,24 +84,22 @@ class Locomotion:
         self.ant, self.oracle, self.frame_skip = body == "ant", oracle, frame_skip
         self.goals = np.repeat(np.asarray(goals, float)[:, None], trajectories, axis=1)
         mujoco, self.model = _mujoco("ant.xml" if self.ant else "half_cheetah.xml")
-        if self.ant:
-            self.model.opt.timestep = 0.02
         # MuJoCo would put a state that is not finite back to the start, and the ant never be done for it.
         self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
         self.mujoco, self.actions, self.simulation = mujoco, self.model.nu, mujoco.MjData(self.model)
         names = "QPOS", "QVEL", "WARMSTART", "CTRL"
         self.kept = sum(getattr(mujoco.mjtState, f"mjSTATE_{name}").value for name in names)
         self.states = np.zeros((self.goals.size, mujoco.mj_stateSize(self.model, self.kept)))
-        data = self.simulation
-        more = [data.cfrc_ext.reshape(-1), data.xmat[1]] if self.ant else []
+        data, more = self.simulation, []
+        # mj_step leaves what depends on position and velocity as it was at its last physics step's start.
+        self.settle = mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_comVel, mujoco.mj_subtreeVel
+        if self.ant:
+            self.model.opt.timestep = 0.02
+            more = [data.cfrc_ext.reshape(-1), data.xmat[1]]
+            self.settle = mujoco.mj_forward, mujoco.mj_rnePostConstraint, mujoco.mj_subtreeVel
         self.parts = [data.qpos, data.qvel, *more, data.subtree_com[1], data.subtree_linvel[1, :1]]  # views
         self.seen = np.zeros((self.goals.size, sum(part.size for part in self.parts)))
         self.contacts = self.seen[:, 29:113]  # of the ant
-        # mj_step leaves what depends on position and velocity as it was at its last physics step's start.
-        if self.ant:
-            self.settle = mujoco.mj_forward, mujoco.mj_rnePostConstraint, mujoco.mj_subtreeVel
-        else:
-            self.settle = mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_comVel, mujoco.mj_subtreeVel
 
     def reset(self, rng):
         model, count = self.model, len(self.states)
@@ -298,7 +296,7 @@ def rollout(environment, policy, theta, rng):
 
 def discounted(x, discount):
     """y_t = x_t + discount y_{t+1}, 0 beyond the horizon; x [..., H] -> [..., H]."""
-    y, total = np.zeros_like(x), 0
+    y, total = np.zeros_like(x, np.result_type(x, discount)), 0
     for t in reversed(range(x.shape[-1])):
         y[..., t] = total = x[..., t] + discount * total
     return y

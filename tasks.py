@@ -17,6 +17,7 @@ import secrets
 import shutil
 import struct
 import sys
+import unicodedata
 import urllib.request
 import zipfile
 import zlib
@@ -78,9 +79,9 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
         raise ValueError(f"{need}, and there are {each}: lower the shots or the queries")
     if rotate and height != width:
         raise ValueError(f"only square images can be rotated by 90 degrees, and these are {height}x{width}")
-    drawn = _distinct(rng, (tasks, classes), ways)
-    picked = _distinct(rng, (tasks, ways, each), shots + query_shots)
-    x = np.asarray(images)[drawn[:, :, None], picked]  # [tasks, ways, shots + query_shots, h, w, c]
+    drawn = rng.random((tasks, classes)).argsort()[:, :ways]  # so many different ones, in random order
+    picked = rng.random((tasks, ways, each)).argsort()[..., : shots + query_shots]
+    x = images[drawn[:, :, None], picked]  # [tasks, ways, shots + query_shots, h, w, c]
     if rotate:
         quarters = rng.integers(4, size=(tasks, ways))
         for k in (1, 2, 3):
@@ -97,24 +98,15 @@ def labelled(rng, images, tasks, count, outputs, dtype=np.float32):
     if classes > outputs:
         raise ValueError(f"there are {classes} training classes, and the classifier has {outputs} outputs")
     drawn, picked = rng.integers(classes, size=(tasks, count)), rng.integers(each, size=(tasks, count))
-    batch = _scaled(np.asarray(images)[drawn, picked], dtype), np.eye(outputs, dtype=dtype)[drawn]
+    batch = _scaled(images[drawn, picked], dtype), np.eye(outputs, dtype=dtype)[drawn]
     return batch, batch
 
 
 def nearest(support, query):
     """The label of each query image's nearest support image, by Euclidean distance: one-hot, as y."""
-    (sx, sy), qx = support, query[0]
-    s, q = (x.reshape(*x.shape[:2], -1) for x in (sx, qx))
+    s, q = (x.reshape(*x.shape[:2], -1) for x, _ in (support, query))
     distance = (s * s).sum(axis=-1)[:, None] - 2 * q @ s.mT  # but for |q|², the same for all
-    return np.take_along_axis(sy, distance.argmin(axis=-1)[..., None], axis=1)
-
-
-def _distinct(rng, shape, n):
-    """n different indices into the last axis of `shape`, in random order: [*shape[:-1], n]."""
-    keys = rng.random(shape)
-    least = keys.argpartition(n - 1)[..., :n]
-    order = np.take_along_axis(keys, least, -1).argsort()  # argpartition's own order depends on the machine
-    return np.take_along_axis(least, order, -1)
+    return np.take_along_axis(support[1], distance.argmin(axis=-1)[..., None], axis=1)
 
 
 def _labelled(x, dtype):
@@ -131,22 +123,31 @@ def _scaled(x, dtype):
 class Split:
     """Some classes of the images in a .npy file: what travels to workers is the file's name, not its pixels.
 
-    As an array, or indexed, it is the file's memory map, opened for that use alone.
+    As an array, or indexed, it is the file's memory map, opened for that use alone. OSError where the end of
+    the file, a cache's digest of its pixels, is no more what it was: other images took their place.
     """
 
-    def __init__(self, file, start, stop):
+    def __init__(self, file, start=0, stop=None):
         self.file, self.start, self.stop = os.path.abspath(file), start, stop
+        self.end = self._end()
         images = np.asarray(self)
         self.shape, self.dtype = images.shape, images.dtype
 
+    def _end(self):
+        with open(self.file, "rb") as file:
+            file.seek(-64, os.SEEK_END)
+            return file.read(32)
+
     def __array__(self, dtype=None, copy=None):
+        if self._end() != self.end:
+            raise OSError(f"{self.file} was replaced by other images during this run")
         return np.array(np.load(self.file, mmap_mode="r")[self.start : self.stop], dtype, copy=copy)
 
     def __getitem__(self, key):
         return np.asarray(self)[key]
 
     def __len__(self):
-        return self.stop - self.start
+        return self.shape[0]
 
 
 # Omniglot --------------------------------------------------------------------------------------
@@ -191,8 +192,7 @@ def _part(path, part):
     except OSError as error:
         raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
     if not stats:
-        found = f"neither {file.name} nor {part}/*/*/*.png"
-        raise ValueError(f"{path}: {found}; fetch {OMNIGLOT_URL}/{file.name}")
+        raise ValueError(f"{path}: neither {part}.zip nor {part}/*/*/*.png; fetch {OMNIGLOT_URL}/{part}.zip")
     stamps = [(name, s.st_size, s.st_mtime_ns) for name, s in stats.items()]
     return stamps, lambda: dict.fromkeys(stats, lambda name: open(path / name, "rb"))
 
@@ -221,8 +221,7 @@ def _characters(parts):
             found = f"{len(files)} images, where others have {each}"
             raise ValueError(f"{name}: {found}; fetch the archive again")
     names, weights = np.random.default_rng(0).permutation(sorted(classes)), area_weights(105, 28)
-    packed = (np.array([_pixels(file, openers[file]) for file in classes[name]]) for name in names)
-    ink = (1 - np.unpackbits(rows, axis=-1, count=105) for rows in packed)
+    ink = (np.array([_ink(file, openers[file]) for file in classes[name]]) for name in names)
     blocks = (np.rint(255 * (weights @ (x @ weights.T))).astype(np.uint8) for x in ink)
     return (len(names), each, 28, 28, 1), blocks
 
@@ -234,8 +233,8 @@ def area_weights(size, to):
     return (np.maximum(overlap, 0) * to / size).astype(np.float32)
 
 
-def _pixels(name, opener):
-    """A 1-bit grey 105x105 PNG, its rows unfiltered as in Omniglot's archives -> uint8 [105, 14], packed."""
+def _ink(name, opener):
+    """A 1-bit grey 105x105 PNG, its rows unfiltered as in Omniglot's archives -> uint8 [105, 105], ink 1."""
     try:
         with opener(name) as file:
             data = file.read(1 << 16)  # the largest has 522 bytes
@@ -253,7 +252,7 @@ def _pixels(name, opener):
             raise ValueError("broken or filtered pixel data")
     except Exception as error:
         raise ValueError(f"{name}: does not decode ({one_line(error)}); fetch the archive again") from error
-    return np.frombuffer(raw, np.uint8).reshape(105, 15)[:, 1:]
+    return 1 - np.unpackbits(np.frombuffer(raw, np.uint8).reshape(105, 15)[:, 1:], axis=1, count=105)
 
 
 def download_omniglot(folder, url=OMNIGLOT_URL, md5=OMNIGLOT_MD5, timeout=20):
@@ -362,16 +361,21 @@ def _decoded(files, shape=(84, 84, 3)):
 
 
 def _photo(shape, file):
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     height, width, channels = shape
     mode, resampling = ("RGB", Image.Resampling.LANCZOS) if channels == 3 else ("L", Image.Resampling.BOX)
     try:
         with Image.open(file, formats=("JPEG", "PNG")) as image:
             if image.width * image.height > 1 << 25:
-                raise ValueError(f"{image.width}x{image.height} pixels")
+                raise ValueError(f"{image.width}x{image.height} pixels, and 2^25 are the most")
             if image.mode.startswith("I"):  # 16-bit grey, which conversion would cut off at 255
                 image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
+            image = ImageOps.exif_transpose(image)
+            if "A" in image.getbands() or "transparency" in image.info:
+                paper = Image.new("RGBA", image.size, "white")
+                paper.alpha_composite(image.convert("RGBA"))
+                image = paper
             pixels = np.asarray(image.convert(mode).resize((width, height), resampling))
             return pixels if channels == 3 else 255 - pixels[..., None]
     except Exception as error:
@@ -392,8 +396,9 @@ def tell(text, end="\n", to="stderr"):
 
 
 def _usable(name):
-    """Whether a name is not hidden, and can be part of a message of one line."""
-    return name[0] != "." and name.isprintable() and len(name) < 200
+    """Whether a name is not hidden, and can be part of a message of one line, spaces of any kind in it."""
+    fine = all(character.isprintable() or unicodedata.category(character) == "Zs" for character in name)
+    return fine and name[0] != "." and len(name) < 200
 
 
 def one_line(error):
@@ -420,45 +425,37 @@ def _cached(folder, name, key, build):
         elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maml"
         places.append(elsewhere / f"{name}-{home}.npy")
     for place in filter(os.path.isfile, places):
-        with suppress(Exception):  # it is of other files, or broken, whatever its bytes
-            return Split(place, 0, _length(place, key))
+        with suppress(Exception), place.open("rb") as file:  # of other files, or broken, whatever its bytes
+            images = np.load(place, mmap_mode="r")
+            file.seek(images.offset + images.nbytes)
+            pixels, digest = file.read(32), file.read(33)
+            expected = np.uint8, True, _digest(key, images.shape, pixels)
+            if (images.dtype, images.flags.c_contiguous, digest) == expected:
+                return Split(place)
     for place in places:
         try:
-            return Split(place, 0, _write(place, key, build))
+            _write(place, key, build)
+            return Split(place)
         except OSError as error:
             reason = error
     where = " and ".join(map(str, places))
     raise ValueError(f"{where}: cannot be written ({reason.strerror}): free space, or set XDG_CACHE_HOME")
 
 
-def _length(place, key):
-    """How many classes the .npy file has, if digests of pixels and key follow its pixels."""
-    images = np.load(place, mmap_mode="r")
-    with place.open("rb") as file:
-        file.seek(images.offset + images.nbytes)
-        pixels, digest = file.read(32), file.read(33)
-    found = images.dtype, images.flags.c_contiguous, digest
-    if found != (np.uint8, True, _digest(key, images.shape, pixels)):
-        raise ValueError(f"{place}: made from other files, or damaged")
-    return len(images)
-
-
 def _write(place, key, build):
-    """Write shape and blocks as a .npy, then the digests; its pixels are read back once -> their length."""
+    """Write shape and blocks as a .npy, then digests of pixels and key; the pixels are read back once."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with replacing(place) as file:
         shape, blocks = build()
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        start, pixels = file.tell(), hashlib.sha256()
+        pixels = hashlib.sha256()
         for block in blocks:
             file.write(block)
             pixels.update(block)
         file.write(pixels.digest() + _digest(key, shape, pixels.digest()))
         file.flush()
-        written = np.memmap(file.name, mode="r", offset=start, shape=shape)
-        if hashlib.sha256(written).digest() != pixels.digest():
+        if hashlib.sha256(np.load(file.name, mmap_mode="r")).digest() != pixels.digest():
             raise OSError(5, "not what was written")
-    return shape[0]
 
 
 def _digest(key, shape, pixels):

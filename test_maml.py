@@ -130,7 +130,8 @@ class Problem:
     def data(self, sizes, shape, classify):
         x = self.rng.normal(size=(*shape, sizes[0]))
         if classify:
-            return x, np.eye(sizes[-1])[self.rng.integers(0, sizes[-1], shape)]
+            weights = self.rng.integers(0, 3, (*shape, 1))
+            return x, weights * np.eye(sizes[-1])[self.rng.integers(0, sizes[-1], shape)]
         return x, self.rng.normal(size=(*shape, sizes[-1]))
 
 
@@ -189,7 +190,7 @@ def test_relu_may_write_into_what_batch_norm_hands_down_and_reads_again():
     theta = network.flatten({"beta": np.full(3, 0.5)} | p.network.unflatten(p.theta))
     v = unit(p.rng.normal(size=(len(p.each), network.size)))
     check_closed_forms(nets.mean_squared_error(network), theta, *p.support, v, 1e-10)
-    assert relu.forward(None, np.zeros((1, 1, 1)))[1](np.ones((1, 1, 1)), None)[0] == 0, "no slope at 0"
+    assert relu.forward(None, np.zeros((1, 1, 1)))[1](np.ones((1, 1, 1)), None)[0] == grad(relu.apply)(0.0) == 0
 
 
 @pytest.mark.parametrize("first", [nets.Tanh(), nets.BatchNorm(2, "beta"), nets.Dense(2, 2, ("w0",))])
@@ -651,6 +652,9 @@ def test_a_large_mapped_file_does_not_stay_resident(tmp_path):
     assert np.allclose(x, 7 / 255)
     if sys.platform == "linux":
         assert str(tmp_path / "a.npy") not in Path("/proc/self/smaps").read_text()
+    np.save(tmp_path / "a.npy", np.ones((30, 20), np.uint8))
+    with pytest.raises(OSError, match="a.npy was replaced by other images"):
+        images[0]
 
 
 # Omniglot
@@ -764,16 +768,6 @@ def test_a_broken_or_missing_image_is_named(tmp_path, layout, data, reason):
     assert leftovers(tmp_path) == []
 
 
-if "MAML_OMNIGLOT" in os.environ:  # a folder of the real data, which no test requires
-
-    def test_the_real_omniglot(tmp_path):
-        for part in PARTS:
-            (tmp_path / f"{part}.zip").symlink_to(Path(os.environ["MAML_OMNIGLOT"], f"{part}.zip").resolve())
-        splits = tasks.load_omniglot(tmp_path)
-        assert [x.shape for x in splits.values()] == [(n, 20, 28, 28, 1) for n in (1100, 100, 423)]
-        assert all(0.07 < np.mean(x) / 255 < 0.09 for x in splits.values())
-
-
 def test_a_download_is_whole_and_shown_and_not_repeated(folder, capsys):
     unpacked(folder, {"new/a.zip": b"my own", "there/b.zip": WHOLE})
     tasks.download_omniglot("new", f"file://{folder}/there", DIGESTS)
@@ -839,12 +833,12 @@ def test_photographs_are_resized_as_pillow_does_it(tmp_path, capsys):
 def test_photographs_of_any_mode_become_rgb_and_keep_their_greys(tmp_path):
     image = pytest.importorskip("PIL.Image")
     grey = np.linspace(0, 65535, 84 * 84).reshape(84, 84).astype(np.uint16)
-    for split in SPLITS:
-        (tmp_path / split / "a").mkdir(parents=True)
+    for split in [f"{split}/a\u3000b" for split in SPLITS]:
+        (tmp_path / split).mkdir(parents=True)
         for mode in ("L", "P", "RGBA", "1", "LA"):
-            image.new(mode, (9, 9)).save(tmp_path / split / "a" / f"{mode}.png")
-        image.new("CMYK", (9, 9)).save(tmp_path / split / "a" / "cmyk.jpg")
-        image.fromarray(grey).save(tmp_path / split / "a" / "0.png")
+            image.new(mode, (9, 9)).save(tmp_path / split / f"{mode}.png")
+        image.new("CMYK", (9, 9)).save(tmp_path / split / "cmyk.jpg")
+        image.fromarray(grey).save(tmp_path / split / "0.png")
     found = tasks.load_miniimagenet(tmp_path)["val"]
     assert found.shape == (1, 7, 84, 84, 3) and (found[0, 0] == (grey >> 8)[..., None]).all()
 
@@ -863,7 +857,7 @@ def test_classes_are_cut_to_the_smallest(tmp_path, capsys):
         (ZIP, lambda file: shutil.copy(file.parent / f"{PARTS[0]}.zip", file), "holds no images_eval.*fetch"),
         (ZIP, lambda file: file.write_bytes(file.read_bytes().replace(b"IEND", b"IENX")), "png:.*CRC.*fetch"),
         ("train/n1/1.JPEG", lambda file: os.truncate(file, 400), "1.JPEG: does not decode .*: replace or"),
-        ("train/n1/0.png", HUGE, r"0.png: does not .* \(9000x9000 pixels\)"),
+        ("train/n1/0.png", HUGE, r"0.png: does not .* \(9000x9000 pixels, and 2"),
         ("val/empty", os.mkdir, "val/empty: no images"),
         ("test", shutil.rmtree, "test: No such file or directory; it should be a folder of"),
         ("test", lambda file: [shutil.rmtree(part) for part in file.iterdir()], "test: empty; it should"),
@@ -940,6 +934,7 @@ def test_wrong_shapes_dtypes_and_values_are_named():
         (lambda: p.network.apply(theta[None, None], x), r"theta has shape \(1, 1, 13\)"),
         (lambda: p.network.apply(theta.astype(int), x.astype(int)), "x is int64 and theta int64"),
         (lambda: nets.mlp((1, 1)).apply(np.zeros(2), y[..., 0]), "expected .tasks, examples"),
+        (lambda: nets.convnet((5, 5, 3), 2).apply(theta, np.zeros((1, 2, 3, 5, 5))), r"\*\(5, 5, 3\)"),
         (lambda: p.loss.grad(p.each[:1], x, y), r"\(1, 13\).*\(2, 3, 2\)"),
         (lambda: p.loss(theta, x, y[:, :2]), r"\(2, 2, 1\).*\(2, 3, 1\)"),
         (lambda: p.loss(narrow, x, y), "float64.*float32"),
@@ -955,7 +950,6 @@ def test_wrong_shapes_dtypes_and_values_are_named():
         (lambda: adapt(theta, (x[:0], y[:0]), 0.1, 1), "1 task and 1 example or more"),
         (lambda: maml.meta_gradient(wide, theta, (x, y), (x[:1], y[:1]), 0.1, 1), "different numbers"),
         (lambda: maml.meta_gradient(wide, theta, (x, y), (x[:, :0], y[:, :0]), 0.1, 1), "1 example or more"),
-        (lambda: adapt(theta, (x[:, :0], y[:, :0]), 0.1, 1), "1 task and 1 example or more"),
         (lambda: adapt(theta, p.support, theta[1:], 1), r"\(12,\).*\(13,\)"),
         (lambda: adapt(theta, p.support, narrow, 1), "float32.*float64"),
         (lambda: adapt(theta, p.support, theta.tolist(), 1), "alpha is list"),
@@ -1283,7 +1277,6 @@ BAD = {
         ("--task sinusoid --log old.csv", "old.csv: not the file of this run"),
         ("--task sinusoid --results afile", "afile: not the file of this run"),
         ("--task sinusoid --log /dev/null", "/dev/null: cannot write there .is no regular file"),
-        ("--task sinusoid --save x.npz --results x.npz", "--save and --results are both x.npz"),
         ("--task sinusoid --save x.npz --log x.best.npz", "--save and --log are both x.best.npz"),
         ("--task sinusoid --save lone.npz", "there is a file lone.best.npz"),
         ("--task sinusoid --save x/", "x/: cannot write there .is a folder"),
@@ -1447,9 +1440,12 @@ def test_ones_own_images_are_classified(glyphs, capsys):
     names = "bar/1.png", "bar/4.png", "2.jpg", "ring/1.png", "query/3.png"
     for name, pixels in zip(names, (bar, bar, bar, ring, ring)):
         image.fromarray(pixels).save(Path("own", name))
+    image.merge("LA", [image.new("L", (56, 56)), image.fromarray(255 - bar)]).save("own/bar/4.png")
+    (exif := image.Exif())[0x0112] = 6  # stored lying, shown upright
+    image.fromarray(np.rot90(ring)).save("own/ring/1.png", exif=exif)
     capsys.readouterr()
     x, y = tasks.load_own("own", (28, 28, 1))[1]
-    assert y.tolist() == [[[1, 0], [1, 0], [0, 1]]]
+    assert y.tolist() == [[[1, 0], [1, 0], [0, 1]]] and (x[0, 0] == x[0, 1]).all(), "paper is transparent"
     ink = 1 - ring.reshape(28, 2, 28, 2).mean((1, 3)) / 255
     assert np.abs(x[0, 2, ..., 0] - ink).max() < 1 / 255
     assert command("--evaluate a.npz --adapt own") == 0
@@ -1624,7 +1620,7 @@ def test_miniimagenets_meta_gradient_is_clipped_on_the_authors_scale(shots, clip
     moments = steep(sample=lambda *_, tasks: (0, 0), tasks=1, beta=0.1, clip=clip)[0].moments
     assert np.allclose(10 * moments[0], [clip, -clip, 0.01])
     for found in ((np.nan, np.ones(3)), (0.0, np.array([1, np.inf, 1])), (0.0, np.full(3, 1e20, np.float32))):
-        with pytest.raises(FloatingPointError, match="at iteration 1"):
+        with np.errstate(over="ignore"), pytest.raises(FloatingPointError, match="at iteration 1"):
             maml.adam_step(state, None, lambda *_, found=found: found, lambda *_, tasks: (0, 0), 1, 0.1)
 
 
@@ -1649,8 +1645,8 @@ if "MAML_AUTHORS" in os.environ:  # MAML_AUTHORS=authors.npy MAML_DATA=FOLDER, w
     def test_the_authors_weights_reach_what_they_reached_elsewhere(folder):
         """The paper has 48.7 after 10 steps, another user of the weights 46.9: 200 tasks stray by 3.2."""
         assets.authors.main(os.environ["MAML_AUTHORS"], "a.npz")
-        data = ["--data", Path(os.environ["MAML_DATA"])]
-        assert command("--evaluate a.npz --eval-tasks 200 --results r.csv", *data) == 0
+        words = "--evaluate a.npz --eval-tasks 200 --results r.csv --data"
+        assert command(words, Path(os.environ["MAML_DATA"])) == 0
         after = [float(row["mean"]) for row in rows_of("r.csv")]
         assert abs(after[0] - 0.2) < 0.01 and 0.31 < after[1] < 0.41 and 0.42 < after[10] < 0.52
 
@@ -1672,9 +1668,8 @@ def test_any_number_of_workers_gives_the_same_bits(glyphs, module, run):
 
 def test_a_dask_cluster_gives_the_same_bits_and_may_lose_a_worker(glyphs):
     distributed = pytest.importorskip("distributed", reason="needs dask[distributed]")
-    runs = [(maml, MANY_GLYPHS, 50), (rl, MANY_WALKS, 2)]
     with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
-        for module, run, iterations in runs:
+        for module, run, iterations in [(maml, MANY_GLYPHS, 50), (rl, MANY_WALKS, 2)]:
             run = f"{run} --iterations {iterations} --save {module.__name__}"
             assert command(f"{run}.npz", module=module) == 0
             words = f"{run}-dask.npz --log a.csv --scheduler {cluster.scheduler_address}"
@@ -1701,15 +1696,16 @@ def alive(pid):
     [
         ("--evaluate a.npz --eval-tasks 300000", "evaluating", 130, "--evaluate makes the table"),
         (WORKERS, "workers", 130, "maml.py: interrupted"),
-        (WORKERS, "workers", 1, "maml.py: a worker was lost; b.npz holds the last checkpoint, --resume it"),
+        (WORKERS, "b.npz", 1, "maml.py: a worker was lost; b.npz holds the last checkpoint, --resume it"),
     ],
 )
 def test_a_run_that_loses_its_user_or_a_worker_ends_with_one_line(glyphs, words, until, code, line):
-    """Once stderr or its workers say that it is there; Ctrl-C is for all, also who is starting."""
+    """Once stderr, a file or its workers say that it is there; Ctrl-C is for all, also who is starting."""
 
     def there():
-        said = Path("stderr").read_text()
-        return until in said or until == "workers" and len(children(run)) > 1
+        if until == "b.npz":
+            return os.path.exists(until) and arrays(until)["iteration"] > 0
+        return until in Path("stderr").read_text() or until == "workers" and len(children(run)) > 1
 
     command(QUICK, "--save a.npz")
     with open("stderr", "w") as stderr:
@@ -1957,7 +1953,6 @@ def test_conjugate_gradient_solves_and_the_line_search_keeps_theta_where_nothing
     assert error(x, np.linalg.solve(matrix, b)) < 1e-9 > np.linalg.norm(residual)
     x, residual = rl.conjugate_gradient(lambda v: matrix @ v, b, 3)
     assert error(residual, b - matrix @ x) < 1e-9
-    assert error(rl.conjugate_gradient(lambda v: matrix @ v, b, 6)[0], np.linalg.solve(matrix, b)) < 1e-4
     x, residual = rl.conjugate_gradient(lambda v: v, np.zeros(6), 5)
     assert not x.any() and not residual.any(), "nothing to descend is no step"
     constants = 0.02, 6, 0.0, 0.5, 4
