@@ -24,7 +24,7 @@ def plot_curves(canvas, logs):
             axes.axhline(float(figure.split()[0]), color=maml.RED, lw=1, ls="--", label="published, test")
         try:
             maml.learning(axes, log, scale)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise cli.Unusable(f"{log}: no --log of this project, or damaged ({tasks.one_line(error)})")
         axes.set_title(name, loc="left", fontsize=10)
         axes.set(ylabel=metric)
@@ -47,6 +47,7 @@ def published(weights):
 def main(path=None, *logs):
     if not logs:
         raise cli.Unusable("name a picture and the --log files: FILE.png NAME-log.csv ...")
+    cli.check_plot(path, [])
     canvas = cli.canvas_of(11, 0.4 + 2.5 * -(-len(logs) // 4))
     plot_curves(canvas, logs)
     cli.save_picture(path, canvas)
