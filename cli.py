@@ -298,15 +298,15 @@ def unpacked(arrays, start):
         found, wanted = arrays[name], np.asarray(wanted)
         if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(f"{name} is {found.dtype} {found.shape}; expected {wanted.dtype} {wanted.shape}")
-    found = {name: array if array.ndim else array.item() for name, array in arrays.items()}
-    if found["iteration"] < 0:
-        raise ValueError(f"its iteration is {found['iteration']}")
-    state = start._replace(theta=found["theta"], moments=found.get("moments"), iteration=found["iteration"])
+    values = {name: array if array.ndim else array.item() for name, array in arrays.items()}
+    if values["iteration"] < 0:
+        raise ValueError(f"its iteration is {values['iteration']}")
+    state = start._replace(**{name: values.get(name) for name in start._fields})
     if rng is None:
         return state, None, None
     generator = np.random.default_rng(0)
     generator.bit_generator.state = json.loads(str(rng))
-    return state, Best(*(found[f"best_{name}"] for name in Best._fields)), generator
+    return state, Best(*(values[f"best_{name}"] for name in Best._fields)), generator
 
 
 def words_of(settings, module):
@@ -451,8 +451,8 @@ def meta_train(experiment, state, best, rng, args, module):
     with interruptible(module) as asked, hinting(module, save), progress:
         if save:  # at once, so that no other run takes this name
             save_checkpoint(save, experiment.settings, state, best, rng)
-        if save and best.score > -np.inf:
-            save_weights(best_of(save), experiment.settings, best.theta, best.iteration)
+            if best.score > -np.inf:
+                save_weights(best_of(save), experiment.settings, best.theta, best.iteration)
         run = module.train(experiment.step, state, rng, iterations, experiment.map)
         for state, outcome in run:
             i, stopping = state.iteration, asked.is_set()  # read once: it may change below

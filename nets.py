@@ -710,8 +710,8 @@ defvjp(
 )
 
 
-mean_squared_error = partial(Loss, output=SquaredError())  # of a network
-cross_entropy = partial(Loss, output=CrossEntropy())
+mean_squared_error = partial(Loss, output=SquaredError())  # mean_squared_error(network) -> Loss, eq. (2)
+cross_entropy = partial(Loss, output=CrossEntropy())  # cross_entropy(network) -> Loss, eq. (3)
 
 
 def _matching(out, y):
