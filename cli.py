@@ -22,6 +22,7 @@ import zipfile
 from concurrent.futures import BrokenExecutor, CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, partial
+from textwrap import fill
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +75,9 @@ def nonempty(text):
     if not text:
         raise ValueError
     return text
+
+
+nonempty.__name__ = "text (not empty)"
 
 
 class Setting(NamedTuple):
@@ -134,7 +138,7 @@ def task_name(prog, text):
     """A flag's value as the name of a task, where it is not the other command's."""
     for other, known in COMMANDS.items():
         if other != prog and text in known:
-            raise Unusable(f"{text} is a task of {other}: python {other} --task {text}")
+            raise Unusable(f"{text} is a task of {other}: give these flags to python {other}")
     return text
 
 
@@ -276,8 +280,9 @@ def load_checkpoint(path, module):
                 raise ValueError("it is compressed, and --save compresses nothing")
             arrays = dict(members)
         settings = json.loads(str(arrays.pop("settings")))
-        if settings_of(module.build_parser().parse_args(words_of(settings, module)), module) != settings:
-            raise ValueError(f"its settings are {', '.join(settings)}")
+        expected = settings_of(module.build_parser().parse_args(words_of(settings, module)), module)
+        if expected != settings:
+            raise ValueError(f"it has {', '.join(settings)}, where {', '.join(expected)} are expected")
         return settings, *unpacked(arrays, module.experiment_of(settings).start())
     except FileNotFoundError:
         raise Unusable(f"{path}: there is no such file; name a checkpoint that --save wrote")
@@ -478,7 +483,7 @@ def meta_train(experiment, state, best, rng, args, module):
         tell(f"{save}: kept, --evaluate or --resume it{which if final.score > -np.inf else ''}")
     elif iterations:
         tell("the model is not kept: --save FILE.npz keeps it")
-    return final.theta if experiment.keeps_best else state.theta
+    return final.theta if final.score > -np.inf else state.theta
 
 
 @contextmanager
@@ -490,7 +495,8 @@ def hinting(module, save):
         if isinstance(error, BrokenExecutor):
             error = OSError("a worker was lost")
         hint = f": lower {module.LOWER}" if isinstance(error, FloatingPointError) else ""
-        kept = f"; {save} holds the last checkpoint, --resume it" if save and os.path.exists(save) else ""
+        verb = "--evaluate" if hint else "--resume"  # a resumed run keeps its rates
+        kept = f"; {save} holds the last checkpoint, {verb} it" if save and os.path.exists(save) else ""
         raise type(error)(f"{error}{hint}{kept}") from None
 
 
@@ -730,7 +736,7 @@ def table(experiment, count, columns, name):
     heads = "".join(f"K = {shots}".ljust(34) for shots in columns)
     lines = ["", ", ".join(what), f"{count} unseen tasks, {experiment.heading}", "", f"steps  {heads}paper"]
     for step, row in enumerate(zip(*columns.values())):
-        cells = "".join(cell(summary, experiment.scale, experiment.digits).ljust(34) for summary in row)
+        cells = "".join(f"{cell(summary, experiment.scale, experiment.digits):<33} " for summary in row)
         published = {shots: experiment.published(shots).get(step) for shots in columns}
         paper = ", ".join(f"{figure} at K = {shots}" for shots, figure in published.items() if figure)
         lines.append(f"{step:>5}  {cells}{paper}".rstrip())
@@ -785,7 +791,9 @@ def panel(axes, curves, experiment, **limits):
         half = np.array([0 if diverged else row["ci95"] for row in rows])
         median = f"median {experiment.scale * middle[-1]:.{experiment.digits}f}"
         name += f": {median if diverged else cell(rows[-1], experiment.scale, experiment.digits)}"
-        (line,) = axes.plot(experiment.scale * middle, marker="osv^D*PX"[i % 8], ms=4, lw=1.2, label=name)
+        (line,) = axes.plot(
+            experiment.scale * middle, marker="osv^D*PX"[i % 8], ms=4, lw=1.2, label=fill(name, 44)
+        )
         low, high = experiment.scale * (middle - half), experiment.scale * (middle + half)
         axes.fill_between(range(len(rows)), low, high, color=line.get_color(), alpha=0.25, lw=0)
     axes.set(xlabel="gradient steps", **limits)

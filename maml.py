@@ -458,7 +458,7 @@ class Experiment:
 
     def open(self, data, asked):
         if data:
-            raise Unusable("--data is for images, and --task sinusoid has none; leave it out")
+            raise Unusable("--data is for images, and --task sinusoid has none; leave one of them out")
 
     def sample(self, purpose, shots, query=EVAL_QUERY):
         """sample(rng, tasks) -> support, query, of tasks for a purpose; a test task's queries by default."""
@@ -584,7 +584,8 @@ class ImageExperiment(Experiment):
             try:
                 sample(self.stream(purpose), tasks=1)
             except ValueError as error:
-                raise Unusable(f"{path}, {SPLITS[purpose]}: {error}")
+                equal = "" if purpose == "training" else ", here as many queries as shots"
+                raise Unusable(f"{path}, {SPLITS[purpose]}: {error}{equal}")
 
     def sample(self, purpose, shots, query=None):
         s, query = self.settings, query or shots

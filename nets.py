@@ -128,8 +128,8 @@ class Network:
 def mlp(sizes, normalize=False, draw=None, activation=None):
     """Multi-layer perceptron, sizes = (inputs, hidden, ..., outputs), hidden layers with `Relu` or `Tanh`.
 
-    theta is w1 b1 w2 b2 ...; with `normalize` (batch norm before the activation) w1 beta1 ... w b. Weights
-    start as draw(rng, shape), by default the authors' `truncated_normal`; the rest zero.
+    theta is w1 b1 w2 b2 ...; with `normalize` (batch norm before the activation) all but the last b are beta.
+    Weights start as draw(rng, shape), by default the authors' `truncated_normal`; the rest zero.
     """
     draw, activation = draw or truncated_normal, activation or Relu
     layers, last = [], len(sizes) - 1
@@ -268,7 +268,7 @@ class Relu(_Fixed):
     """out = max(x, 0): linear between its kinks, where M multiplies by the mask x > 0."""
 
     def apply(self, x):
-        return anp.where(x > 0, x, 0)  # anp.maximum has slope 1/2 at 0
+        return anp.where(x <= 0, 0, x)  # anp.maximum has slope 1/2 at 0
 
     def forward(self, _, x):
         mask = (x > 0).astype(x.dtype)

@@ -80,6 +80,8 @@ class Locomotion:
     horizon = 200
 
     def __init__(self, name, goals, trajectories, oracle=False, frame_skip=1):
+        if name not in TASKS[1:]:
+            raise ValueError(f"{name}; expected one of {', '.join(TASKS[1:])}")
         body, self.kind = name.split("-")
         self.ant, self.oracle, self.frame_skip = body == "ant", oracle, frame_skip
         self.goals = np.repeat(np.asarray(goals, float)[:, None], trajectories, axis=1)
@@ -121,7 +123,7 @@ class Locomotion:
         if self.ant:
             reward += 0.05 + (self.kind == "vel") - 0.0005 * (self.contacts * self.contacts).sum(axis=1)
             sound = np.isfinite(self.seen).all(axis=1)
-            self.ended = self.ended | ~(sound & (0.2 <= height) & (height <= 1))
+            alive, self.ended = alive & sound, self.ended | ~(sound & (0.2 <= height) & (height <= 1))
         reward = np.where(alive, reward, 0)
         return observations, reward.reshape(self.goals.shape), self.ended.reshape(self.goals.shape)
 
@@ -314,7 +316,7 @@ def baseline(observations, targets, mask, ridge=1e-5):
 
     w = (ΦᵀΦ + ridge I)⁻¹ Φᵀ targets over a task's steps, by one batched solve.
     """
-    phi = features(observations) * mask[..., None]
+    phi = np.where(mask[..., None], features(observations), 0)  # where mask is 0 they may be NaN
     phi = phi.reshape(len(phi), -1, phi.shape[-1])
     y = (targets * mask).reshape(len(phi), -1, 1)
     gram, right = phi.mT @ phi, phi.mT @ y
@@ -447,7 +449,7 @@ def trust_region_step(theta, value, gradient, product, objective, max_kl, cg_ste
 
 # The experiments -------------------------------------------------------------------------------
 
-# The authors' settings (not all are the paper's); locomotion's lam and cg_steps: README, departure 13.
+# The authors' settings (not all are the paper's); locomotion's lam and cg_steps: README, departure 12.
 TASKS = cli.COMMANDS["rl.py"]
 share = cli.number(float, 0, 1, "share (0 to 1)")
 # fmt: off
@@ -483,7 +485,7 @@ EVALUATION = cli.table_of(  # may differ at every evaluation
 ALPHA = {  # with which the authors adapt what was not meta-trained
     "pretrained": (0.5, 0.02, 0.2, 0.2, 0.2),
     "random":     (0.5, 0.1,  0.5, 0.5, 0.5),
-    "oracle":     (0.5, 0.1,  0.1, 0.1, 0.1),
+    "oracle":     (0.5, 0.1,  0.1, 0.1, 0.1),  # not adapted: the table's own
 }
 # fmt: on
 SIZES = {"navigation": (2, 2, 2), "cheetah": (20, 6, 1), "ant": (125, 8, 1)}  # observation, action, goal
@@ -629,7 +631,10 @@ class Experiment:
         return (before, after, divergence, tries, "" if score is None else score), text, score
 
     def score(self, theta):
-        """What selects the best checkpoint: the return on validation goals after the steps of the table."""
+        """What selects the best checkpoint: the mean return on validation goals after 1 to 3 steps.
+
+        A baseline's counts before them too.
+        """
         _, _, *how = self.table_defaults.values()
         curve = self.curve(theta, "validation", VALIDATION_TASKS, VALIDATION_TRAJECTORIES, *how)
         return curve[1 if self.method == "maml" else 0 :].mean()
@@ -646,8 +651,10 @@ class Experiment:
         yield asked["eval_trajectories"], [maml.summarize(r, worst=-np.inf) for r in returns]
 
     def published(self, trajectories):
-        figures = PAPER.get((self.settings["task"], self.method), ())
-        return dict(enumerate(figures)) if trajectories == self.table_defaults["eval_trajectories"] else {}
+        s, own = self.settings, {row.name: row.defaults[self.settings["task"]] for row in SETTINGS}
+        alike = all(s.get(name) == own[name] for name in ("horizon", "frame_skip", "order"))
+        alike = alike and trajectories == self.table_defaults["eval_trajectories"]
+        return dict(enumerate(PAPER.get((s["task"], self.method), ()))) if alike else {}
 
     def rates(self, steps, shrink=1):
         """The size of each inner step: alpha, then alpha · shrink. The oracle is not adapted."""
@@ -662,17 +669,18 @@ experiment_of, train = Experiment, maml.train
 def build_parser():
     """The command's flags. A flag that was not given is None, and settled by `cli.settings_of`."""
     what = "MAML with TRPO for reinforcement learning"
-    first_order = {"dest": "order", "const": 1, "help": "short for --method maml --order 1"}
+    first_order = {"dest": "order", "const": 1, "help": "short for --order 1"}
     workers = "sample the trajectories (default: one for each core; navigation, none)"
     return cli.parser_of(sys.modules[__name__], what, first_order, workers)
 
 
 def conditional_defaults(args, task, method):
     """The defaults that depend on the method: {setting: value}; Unusable where flags do not go together."""
-    if args.steps and method != "maml":
-        raise Unusable(f"--steps is for --method maml; --baseline {method} trains with no inner step")
+    if (args.steps or args.order == 1) and method != "maml":
+        flag = "--steps" if args.steps else "--order 1"
+        raise Unusable(f"{flag} is for --method maml; --baseline {method} trains with no inner step")
     if args.backtrack in (0, 1):
-        raise Unusable(f"--backtrack {args.backtrack} never shortens a step; give one between 0 and 1")
+        raise Unusable(f"--backtrack {args.backtrack} has no shorter step to try; give one between 0 and 1")
     return {} if method == "maml" else {"steps": 0, "alpha": ALPHA[method][TASKS.index(task)]}
 
 
@@ -686,17 +694,19 @@ def plot(models, curves, log):
     """What policies do on test tasks before and after adaptation, and the return against gradient steps."""
     draw, height = {"paths": (plot_paths, 2.7), "body": (plot_bodies, 5)}[models[0][0].picture]
     canvas = cli.canvas_of(10, height * len(models) + 0.4)
-    left, right = canvas.subfigures(1, 2, width_ratios=[2.8, 1])
+    left, right = canvas.subfigures(1, 2, width_ratios=[2, 1])
     for part, model in zip(left.subfigures(len(models), 1, squeeze=False)[:, 0], models):
         draw(part, *model)
     lines = {label: line for axes in canvas.axes for line, label in zip(*axes.get_legend_handles_labels())}
-    left.legend(lines.values(), lines.keys(), ncols=6, loc="outside lower center", frameon=False)
+    left.legend(lines.values(), lines.keys(), ncols=6, fontsize=9, loc="outside lower center", frameon=False)
     cli.panel(right.subplots(), curves, models[0][0])
     return canvas
 
 
 def behaviour(experiment, learned, goals, steps):
-    """Episodes of these tasks after so many gradient steps each: [(name, colour, Episodes)]."""
+    """Episodes of these tasks after so many gradient steps each, whose rates are those that the table has by
+    default: [(name, colour, Episodes)].
+    """
     rates = experiment.rates(max(steps), experiment.table_defaults["eval_shrink"])
     given = learned, experiment.settings["trajectories"], rates, goals, experiment.stream("test"), map
     (along,) = experiment.spread(adaptation, *given)

@@ -82,6 +82,8 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
     drawn = rng.random((tasks, classes)).argsort()[:, :ways]  # so many different ones, in random order
     picked = rng.random((tasks, ways, each)).argsort()[..., : shots + query_shots]
     x = images[drawn[:, :, None], picked]  # [tasks, ways, shots + query_shots, h, w, c]
+    if x.dtype != np.uint8 and not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError("images of floats are not all in [0, 1]; divide them by 255, or pass uint8")
     if rotate:
         quarters = rng.integers(4, size=(tasks, ways))
         for k in (1, 2, 3):
@@ -185,7 +187,7 @@ def _part(path, part):
     try:
         if file.is_file():
             with file.open("rb") as opened:
-                data = opened.read(1 << 24)
+                data = opened.read(1 << 28)
             return hashlib.sha256(data).hexdigest(), partial(_zipped, file, data)
         found = sorted(filter(_usable, glob(f"{part}/*/*/*.png", root_dir=path)))
         stats = {name: os.stat(path / name) for name in found if os.path.isfile(path / name)}
@@ -321,10 +323,10 @@ def _folders(folder):
         files = [filter(_image, os.scandir(folder / name)) for name in classes]
         stats = [sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in some) for some in files]
     except OSError as error:
-        hint = "it should be a folder of one folder per class"
-        raise ValueError(f"{folder}: {error.strerror}; {hint}") from error
+        hint = f"{folder} should be a folder of one folder per class"
+        raise ValueError(f"{error.filename}: {error.strerror}; {hint}") from error
     if not classes:
-        raise ValueError(f"{folder}: empty; it should hold one folder of images per class")
+        raise ValueError(f"{folder}: no folders; it should hold one folder of images per class")
     return dict(zip(classes, stats, strict=True))
 
 
@@ -396,9 +398,9 @@ def tell(text, end="\n", to="stderr"):
 
 
 def _usable(name):
-    """Whether a name is not hidden, and can be part of a message of one line, spaces of any kind in it."""
-    fine = all(character.isprintable() or unicodedata.category(character) == "Zs" for character in name)
-    return fine and name[0] != "." and len(name) < 200
+    """Whether a name is not hidden, and can be part of a message of one line."""
+    broken = any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in name)
+    return not broken and name[0] != "." and len(name) < 200
 
 
 def one_line(error):

@@ -15,8 +15,8 @@ import maml
 import tasks
 
 
-def main(given=None, made=None):
-    if not made or os.path.exists(made):
+def main(given=None, made=None, *more):
+    if not made or more or os.path.exists(made):
         raise cli.Unusable("name the weights, and a model that is not there yet: IN.npy OUT.npz")
     try:
         theta = np.asarray(np.load(given))

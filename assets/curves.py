@@ -2,7 +2,7 @@
 """Learning curves of runs, from their --log files: python -m assets.curves FILE.png NAME-log.csv ...
 
 Before and after the training's inner steps: of images the accuracy on validation tasks, of reinforcement
-learning the return on each meta-batch. Where NAME.npz is beside its log, a line is the published test figure.
+learning the return on each meta-batch. Beside NAME.npz and NAME.csv, a line is what is published.
 """
 
 import sys
@@ -19,13 +19,13 @@ def plot_curves(canvas, logs):
     grid = canvas.subplots(-(-len(logs) // 4), min(len(logs), 4), squeeze=False).ravel()
     for axes, log in zip(grid, map(Path, logs)):
         name = log.stem.removesuffix("-log")
-        figure, scale, metric = published(log.with_name(f"{name}.npz"))
-        if figure:
-            axes.axhline(float(figure.split()[0]), color=maml.RED, lw=1, ls="--", label="published, test")
         try:
+            figure, scale, metric = published(log.with_name(f"{name}.npz"))
             maml.learning(axes, log, scale)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise cli.Unusable(f"{log}: no --log of this project, or damaged ({tasks.one_line(error)})")
+            raise cli.Unusable(f"{log}: no --log, or what is beside it is damaged ({tasks.one_line(error)})")
+        if figure:
+            axes.axhline(float(figure.split()[0]), color=maml.RED, lw=1, ls="--", label="published, test")
         axes.set_title(name, loc="left", fontsize=10)
         axes.set(ylabel=metric)
     lines = {name: line for axes in grid for line, name in zip(*axes.get_legend_handles_labels())}
@@ -36,7 +36,7 @@ def plot_curves(canvas, logs):
 
 def published(weights):
     """A model's published figure as a text, after one step where there are several; its scale and metric."""
-    if not weights.exists():
+    if not (weights.exists() and weights.with_suffix(".csv").exists()):
         return None, 1, ""
     _, _, experiment, _, shots = tables.loaded(weights)
     figures = experiment.published(shots)
