@@ -10,8 +10,7 @@ is shown), which is asserted first, but of the whole run, whose tasks each side 
 blocks of calls, and each shows the median of its blocks, so that a machine whose speed drifts slows all
 alike; × is how many times ours is as fast. Of PyTorch on one thread and on all cores (images: all) the faster
 counts; it gains by the heap that `cli.one_blas_thread` keeps, as ours does. The limit is the share of our
-time that the definition's matrix products alone would take, at NumPy's speed at their shapes (on all cores,
-where ours are).
+time that the definition's matrix products alone take, at NumPy's speed at their shapes (on as many cores).
 """
 
 import math
