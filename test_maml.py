@@ -1394,6 +1394,18 @@ def test_scripts_of_assets_draw_pictures(folder, monkeypatch):
             curves.main("b.png", log)
 
 
+def test_a_benchmark_finds_its_sides_equal_before_it_times_them(monkeypatch, capsys):
+    import bench
+
+    monkeypatch.setattr(bench, "torch", None)
+    monkeypatch.setattr(bench, "jax", None)
+    monkeypatch.setattr(bench, "milliseconds", lambda sides, *_: dict.fromkeys(sides, 1.0))
+    bench.main()
+    assert capsys.readouterr().out.count("meta-gradient, ") == 4
+    with pytest.raises(AssertionError, match="theirs: relative error"):
+        bench.check({"ours": lambda: np.ones(3), "theirs": lambda: np.array([1, 1, 1.01])})
+
+
 def test_short_training_learns_to_adapt(folder):
     """After 1,500 meta-iterations one step leaves 0.9; first order 1.4, and no adaptation at least 3.0."""
     after = {}
