@@ -26,7 +26,7 @@ def plot_curves(canvas, logs):
             raise cli.Unusable(f"{log}: no --log, or what is beside it is damaged ({tasks.one_line(error)})")
         if figure:
             axes.axhline(float(figure.split()[0]), color=maml.RED, lw=1, ls="--", label="published, test")
-        axes.set_title(name, loc="left", fontsize=10)
+        axes.set_title(name, loc="left", fontsize=8)
         axes.set(ylabel=metric)
     lines = {name: line for axes in grid for line, name in zip(*axes.get_legend_handles_labels())}
     canvas.legend(lines.values(), lines, ncols=3, loc="outside lower center", frameon=False)
