@@ -1167,7 +1167,7 @@ def test_a_diverging_run_stops_names_the_iteration_and_keeps_the_checkpoint(fold
     monkeypatch.setattr(maml.Experiment, "save_every", 1)
     assert command(QUICK, "--beta 100 --save a.npz") == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    stopped = int(re.search(r"at iteration (\d+).*--alpha or --beta.*a.npz", message)[1])
+    stopped = int(re.search(r"at iteration (\d+).*--alpha or --beta.*a.npz.*--evaluate it", message)[1])
     saved = arrays("a.npz")
     assert int(saved["iteration"]) == stopped - 1 and np.isfinite(saved["theta"]).all()
 
@@ -1184,7 +1184,7 @@ def test_evaluation_may_fine_tune_at_another_rate_and_says_what_diverged(glyphs,
     command(GLYPHS, "--net mlp --iterations 1 --eval-steps 1 --save b.npz")
     with np.errstate(all="raise"):
         assert command("--evaluate a.npz", few, 1e6) == 0
-        assert "median inf, 8 of 8 diverged" in capsys.readouterr().out
+        assert "median inf, 8 of 8 diverged " in capsys.readouterr().out
         assert command("--evaluate b.npz --data glyphs", few, 1e38) == 0
         assert "8 of 8 diverged" in capsys.readouterr().out
     assert command("--evaluate a.npz --results r.csv", few, 0) == 0
@@ -1603,6 +1603,13 @@ def test_each_method_descends_its_own_gradient_with_all_its_steps(method, task):
     assert all(learns) or method == "reptile"
     learned, rates = experiment.adaptation(both if method == "meta-sgd" else theta)
     assert np.array_equal(learned, theta) and np.array_equal(rates + np.zeros_like(theta), alpha)
+
+
+def test_where_no_score_is_finite_the_last_state_is_evaluated(folder):
+    table = "--eval-tasks 6 --eval-trajectories 5 --results"
+    command(WALK, "--baseline pretrained --alpha 1e30 --iterations 2 --save a.npz", table, "r.csv", module=rl)
+    assert command("--evaluate a.npz", table, "s.csv", module=rl) == 0
+    assert rows_of("r.csv") == rows_of("s.csv")
 
 
 def test_the_pretrained_bodys_new_last_layer_starts_from_zero():
