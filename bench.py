@@ -6,7 +6,7 @@ meta-iteration; scaling: all cores against one, and a model of many workers.
 
 JAX and PyTorch are written as their users do: a list of arrays, vmap over tasks, jit or torch.compile, one
 scan for the whole run. All sides are float32, and equal (images: in float64, on two tasks, whose compile time
-is shown), which is asserted first, but of the whole run, whose tasks each side draws. They take turns, in
+is shown), which is asserted first, but for the whole run, whose tasks each side draws. They take turns, in
 blocks of calls, and each shows the median of its blocks, so that a machine whose speed drifts slows all
 alike; × is how many times ours is as fast. Of PyTorch on one thread and on all cores (images: all) the faster
 counts; it gains by the heap that `cli.one_blas_thread` keeps, as ours does. The limit is the share of our

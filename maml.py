@@ -584,8 +584,7 @@ class ImageExperiment(Experiment):
             try:
                 sample(self.stream(purpose), tasks=1)
             except ValueError as error:
-                equal = "" if purpose == "training" else ", here as many queries as shots"
-                raise Unusable(f"{path}, {SPLITS[purpose]}: {error}{equal}")
+                raise Unusable(f"{path}, {SPLITS[purpose]}: {error}")
 
     def sample(self, purpose, shots, query=None):
         s, query = self.settings, query or shots

@@ -64,7 +64,7 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
     Each task draws `ways` distinct classes, numbered in the order drawn, so that a label means nothing beyond
     its task, then shots + query_shots distinct images of each: uniformly, all without replacement. Examples
     come class by class. `rotate` turns each class of each task by its own uniform multiple of 90 degrees, the
-    same for support and query (paper, section 5.2). ValueError where there are too few classes or images.
+    same for support and query (paper, section 5.2). ValueError for too few classes or images, other floats.
     """
     if len(images.shape) != 5 or images.dtype != np.uint8 and images.dtype.kind != "f":
         expected = "uint8 or floats, [classes, each, height, width, channels]"

@@ -863,7 +863,7 @@ def test_classes_are_cut_to_the_smallest(tmp_path, capsys):
         ("train/n1/0.png", HUGE, r"0.png: does not .* \(9000x9000 pixels, and 2"),
         ("val/empty", os.mkdir, "val/empty: no images"),
         ("test", shutil.rmtree, "test: No such file or directory; .*test should be a folder of"),
-        ("test", lambda file: [shutil.rmtree(part) for part in file.iterdir()], "test: no folders"),
+        ("test", lambda file: [*map(shutil.rmtree, file.iterdir())], "test: no folders; it should hold one"),
     ],
 )
 def test_what_is_wrong_with_zips_and_photographs_is_named(tmp_path, name, harm, line):
@@ -1225,7 +1225,9 @@ def files(tmp_path_factory, omniglot):
     return folder
 
 
+TRAINING = "resume save log iterations".split()
 COUNTS = "shots query steps meta-batch iterations eval-tasks eval-steps eval-shots".split()
+INNER = "--steps", "--order"
 WRECKS = "afile empty fifo cut.npz other.npz pickled.npz extra.npz endless.npz".split()
 BAD = {
     maml: [
@@ -1257,7 +1259,7 @@ BAD = {
         ("--evaluate good.npz --adapt own", "for networks of images, not sinusoid, maml"),
         ("--evaluate sgd.npz --alpha 1", "was trained with alpha 0.01, not 1.0"),
         ("--evaluate glyphs.npz --adapt own --eval-tasks 9", "--eval-tasks does not go with it"),
-        *[(f"--evaluate good.npz --{x} 5", f"--{x} does not go") for x in ("resume", "log", "iterations")],
+        *[(f"--evaluate good.npz --{x} 5", f"--{x} does not go") for x in TRAINING],
         ("--evaluate good.npz --ways 3", "--ways is for --task omniglot, miniimagenet"),
         ("--evaluate good.npz --plot a.xyz", "a.xyz: cannot be drawn .Format 'xyz'"),
         ("--evaluate good.npz glyphs.npz --data glyphs --plot b.png", "one kind of task"),
@@ -1293,7 +1295,7 @@ BAD = {
         ("--task navigation --trajectories 0", "--trajectories"),
         ("--task navigation --discount 2", "share .0 to 1.*2"),
         *[(f"--task navigation --backtrack {x}", f"--backtrack {x}.0 has no shorter step") for x in (0, 1)],
-        *[(f"--task navigation --baseline oracle --{x} 1", f"--{x}.*maml") for x in ("steps", "order")],
+        *[(f"--task navigation --baseline oracle {x} 1", f"{x} .*is for --method maml") for x in INNER],
         ("--evaluate walk.npz cheetah.npz --plot a.png", "one kind of task"),
         ("--evaluate good.npz", "not a whole checkpoint"),
     ],
@@ -1480,7 +1482,10 @@ def test_short_navigation_training_learns_to_adapt(folder, capsys):
         returns.append([float(row["mean"]) for row in rows_of("r.csv")])
     assert returns[1][1] > returns[1][0] + 1.5 and returns[1][1] > returns[0][1] + 1
     assert list(rows_of("r.csv")[0]) == COLUMNS and len(rows_of("a.csv")) == 30
-    assert "navigation, maml" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "navigation, maml" in out and "at K" not in out  # the authors' figures, of 100 steps
+    assert command("--task navigation --baseline random --eval-tasks 2 --eval-steps 1", module=rl) == 0
+    assert "-58.0 at K = 40" in capsys.readouterr().out
 
 
 # The command does what its methods say ------------------------------------------------------------

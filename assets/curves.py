@@ -2,7 +2,7 @@
 """Learning curves of runs, from their --log files: python -m assets.curves FILE.png NAME-log.csv ...
 
 Before and after the training's inner steps: of images the accuracy on validation tasks, of reinforcement
-learning the return on each meta-batch. Beside NAME.npz and NAME.csv, a line is what is published.
+learning the return on each meta-batch; where NAME.npz and NAME.csv are beside it, the published test figure.
 """
 
 import sys
@@ -23,7 +23,8 @@ def plot_curves(canvas, logs):
             figure, scale, metric = published(log.with_name(f"{name}.npz"))
             maml.learning(axes, log, scale)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise cli.Unusable(f"{log}: no --log, or what is beside it is damaged ({tasks.one_line(error)})")
+            reason = tasks.one_line(error)
+            raise cli.Unusable(f"{log}: it or its model is damaged, or not of this project ({reason})")
         if figure:
             axes.axhline(float(figure.split()[0]), color=maml.RED, lw=1, ls="--", label="published, test")
         axes.set_title(name, loc="left", fontsize=8)

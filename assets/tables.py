@@ -81,7 +81,7 @@ def joined(paths):
 
 
 def sinusoid_rows():
-    """A line a method: the mean over seeds, the lowest and highest, or their median and what diverged."""
+    """A line a method: the mean over seeds, the lowest and highest; or the median seed's median."""
     with open(SINUSOIDS, newline="") as file:
         rows = list(csv.DictReader(file))
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -89,11 +89,11 @@ def sinusoid_rows():
         for at in SHOWN:
             some = [r for r in rows if r["method"] == method and (int(r["shots"]), int(r["step"])) == at]
             means, diverged = [float(r["mean"]) for r in some], sum(int(r["diverged"]) for r in some)
-            mean, median = np.mean(means), np.median([float(r["median"]) for r in some])
-            digits = 2 if (median if diverged else mean) >= 0.1 else 3
-            low, high = (f"{end(means):.{digits}f}" for end in (min, max))
-            text = f"median {median:.{digits}f}, {diverged} diverged"
-            cells.append(text if diverged else f"{mean:.{digits}f} ({low} to {high})")
+            middle = np.median([float(r["median"]) for r in some]) if diverged else np.mean(means)
+            digits = 2 if middle >= 0.1 else 3
+            middle, low, high = (f"{value:.{digits}f}" for value in (middle, min(means), max(means)))
+            text = f"median {middle}, {diverged} diverged" if diverged else f"{middle} ({low} to {high})"
+            cells.append(text)
         yield f"| {' | '.join(cells)} |"
 
 
