@@ -76,7 +76,7 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
     total = v.sum(axis=0)
     if trail:  # theta_0 is shared by all tasks, so the sum of its products will do
         total -= trail[0](alpha * v, total=True)
-    return value.mean(), total / len(v)
+    return value.sum() / len(v), total / len(v)
 
 
 def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
@@ -413,7 +413,6 @@ PAPER = {
     ("miniimagenet", "fomaml", 5, 5, 5, "conv"): {10: "63.15 ± 0.91"},
 }
 
-VALIDATION_TASKS = 600
 EVAL_QUERY = 100  # query points of a test sinusoid: the figure is the paper's, with less noise
 DIVERGED = 100.0  # of a sinusoid's error: four times the largest amplitude squared
 SPLITS = {"training": "train", "validation": "val", "test": "test"}
@@ -446,6 +445,7 @@ class Experiment:
     columns, watched, log_every, save_every = ("loss", "before", "after"), "loss", 500, 1000
     smoothed, keeps_best, spreads, map = 50, False, False, staticmethod(map)
     parcel, clip = None, np.inf  # tasks computed at once; the largest element of a meta-gradient
+    validation_tasks = 100  # for the eye: none is chosen by them
     metric_name, scale, digits, threshold, worst = "mse", 1, 3, DIVERGED, np.inf
     picture = "sinusoids"
     heading = f"query MSE: mean ± 95 % interval; above {DIVERGED:.0f} a task has diverged"
@@ -500,7 +500,7 @@ class Experiment:
 
     def measure(self, state, loss):
         s = self.settings
-        values = self.curve(state.theta, "validation", VALIDATION_TASKS, s["shots"], s["steps"])[[0, -1]]
+        values = self.curve(state.theta, "validation", self.validation_tasks, s["shots"], s["steps"])[[0, -1]]
         before, after = np.where(np.isfinite(values), values, self.worst).mean(axis=1)
         text = f"validation {self.metric_name} {before:.3f} before, {after:.3f} after adaptation"
         return (loss, before, after), text, after if self.keeps_best else None
@@ -543,7 +543,7 @@ class Experiment:
 class ImageExperiment(Experiment):
     """N-way K-shot images: cross-entropy, accuracy, and a convolutional network or a perceptron."""
 
-    save_every, keeps_best, spreads = 100, True, True
+    save_every, keeps_best, spreads, validation_tasks = 100, True, True, 600
     metric_name, scale, digits, threshold, worst = "accuracy", 100, 2, np.inf, 0.0
     picture = "images"
     heading = "query accuracy in %: mean ± 95 % interval"

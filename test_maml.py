@@ -1014,7 +1014,8 @@ def wait_for(condition, process=None, seconds=60):
 def folder(tmp_path, monkeypatch):
     """The working directory; and few validation tasks, for speed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(maml, "VALIDATION_TASKS", 16)
+    for kind in (maml.Experiment, maml.ImageExperiment):
+        monkeypatch.setattr(kind, "validation_tasks", 16)
     monkeypatch.setattr(rl, "VALIDATION_TASKS", 2)
     return tmp_path
 
