@@ -76,7 +76,7 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
     total = v.sum(axis=0)
     if trail:  # theta_0 is shared by all tasks, so the sum of its products will do
         total -= trail[0](alpha * v, total=True)
-    return value.sum() / len(v), total / len(v)
+    return value.mean(), total / len(v)
 
 
 def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
@@ -445,7 +445,7 @@ class Experiment:
     columns, watched, log_every, save_every = ("loss", "before", "after"), "loss", 500, 1000
     smoothed, keeps_best, spreads, map = 50, False, False, staticmethod(map)
     parcel, clip = None, np.inf  # tasks computed at once; the largest element of a meta-gradient
-    validation_tasks = 100  # for the eye: none is chosen by them
+    validation_tasks = 100  # for the eye alone: no model is chosen by them
     metric_name, scale, digits, threshold, worst = "mse", 1, 3, DIVERGED, np.inf
     picture = "sinusoids"
     heading = f"query MSE: mean ± 95 % interval; above {DIVERGED:.0f} a task has diverged"

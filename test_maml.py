@@ -1014,8 +1014,7 @@ def wait_for(condition, process=None, seconds=60):
 def folder(tmp_path, monkeypatch):
     """The working directory; and few validation tasks, for speed."""
     monkeypatch.chdir(tmp_path)
-    for kind in (maml.Experiment, maml.ImageExperiment):
-        monkeypatch.setattr(kind, "validation_tasks", 16)
+    monkeypatch.setattr(maml.ImageExperiment, "validation_tasks", 16)
     monkeypatch.setattr(rl, "VALIDATION_TASKS", 2)
     return tmp_path
 
@@ -1558,6 +1557,7 @@ def test_a_score_is_of_validation_tasks_after_adaptation_where_there_is_some():
         if module is maml:
             row, _, selects = experiment.measure(maml.State.start(np.zeros(1)), 0.5)
             assert row == (0.5, -100, score) and selects == (score if experiment.keeps_best else None)
+            assert asked[0][1][0] == (600 if experiment.keeps_best else 100), "tasks"
             experiment.curve = lambda *_: np.array([[0.5, 0.5], [1.0, np.nan]])
             row, experiment.curve = experiment.measure(maml.State.start(np.zeros(1)), 0.5)[0], given
             assert row[2] == (1 + experiment.worst) / 2, "a task that diverged counts as the worst"
