@@ -6,6 +6,7 @@ module of a command must have, `main` states.
 """
 
 import argparse
+import csv
 import ctypes
 import datetime
 import io
@@ -202,8 +203,10 @@ def writing(path):
 
 
 def lines_of(rows):
-    """Rows of numbers and plain words as bytes of CSV."""
-    return "".join(",".join(map(str, row)) + "\n" for row in rows).encode()
+    """Rows as bytes of CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode(errors="surrogateescape")
 
 
 def check_outputs(args, columns):
@@ -705,11 +708,11 @@ def report(models, args, module):
         s, asked = experiment.settings, settled(module.EVALUATION, args, experiment.settings)
         tell(f"evaluating {name} on {asked['eval_tasks']} unseen tasks")
         experiment.map = partial(counting, experiment.map, experiment.metric_name)
-        columns = {}
+        columns, model = {}, {} if name == s["method"] else {"model": name}
         for shots, columns[shots] in experiment.test(learned, asked):
             label = {"task": s["task"], "method": s["method"], "shots": shots}
             for step, summary in enumerate(columns[shots]):
-                rows.append(label | {"step": step, "metric": experiment.metric_name} | summary)
+                rows.append(label | {"step": step, "metric": experiment.metric_name} | summary | model)
             curves.append((f"{name}, K = {shots}", columns[shots]))
         tables.append(table(experiment, asked["eval_tasks"], columns, name))
     if args.results:

@@ -1063,9 +1063,10 @@ def test_every_method_writes_its_table_and_log_and_evaluates_alike(folder, monke
     assert [row["iteration"] for row in rows_of("log.csv")] == ["30", "40"] * (kind != "random")
     assert command("--evaluate a.npz --eval-tasks 8") == 0
     assert capsys.readouterr().out == table
-    shutil.copy("a.npz", "b.npz")
-    assert command("--evaluate a.npz b.npz --eval-tasks 2") == 0
-    assert re.findall(r"meta-iterations, (.*)", capsys.readouterr().out) == ["a.npz", "b.npz"]
+    shutil.copy("a.npz", "b,.npz")
+    assert command("--evaluate a.npz b,.npz --eval-tasks 2 --results results.csv") == 0
+    assert re.findall(r"meta-iterations, (.*)", capsys.readouterr().out) == ["a.npz", "b,.npz"]
+    assert [row["model"] for row in rows_of("results.csv")[::33]] == ["a.npz", "b,.npz"]
 
 
 @pytest.mark.parametrize(
