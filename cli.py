@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from concurrent.futures import BrokenExecutor, CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -67,6 +68,7 @@ def number(kind, low, high, name):
 
 count = number(int, 1, 2**31 - 1, "count (1 to 2147483647)")
 several = number(int, 2, 2**31 - 1, "count (2 to 2147483647)")
+some = number(int, 1, 1024, "count (1 to 1024)")
 whole = number(int, 0, np.inf, "whole number (0 or more)")
 rate = number(float, 0, sys.float_info.max, "rate (finite, 0 or more)")
 
@@ -165,7 +167,7 @@ def parser_of(module, what, first_order, workers):
             kind["nargs"] = "+"
         home = groups.get(row.name, parser)
         home.add_argument(row.flag, help=f"{row.meaning} (default: {row.shown()})", **kind)
-    who.add_argument("--workers", type=count, metavar="N", help=f"processes that {workers}")
+    who.add_argument("--workers", type=some, metavar="N", help=f"processes that {workers}")
     text = "Dask scheduler whose workers do that, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])"
     who.add_argument("--scheduler", type=nonempty, metavar="ADDRESS", help=text)
     experiment = module.Experiment
@@ -220,7 +222,7 @@ def check_outputs(args, columns):
         read.append(("resume", args.resume))
         for found in (save, best_of(save)):
             if os.path.isfile(found):
-                hint = f"go on from it with --resume {save}, or remove it"
+                hint = f"go on from it with --resume {shlex.quote(save)}, or remove it"
                 raise Unusable(f"--save {save}: there is a file {found}; {hint}")
     names = {}
     for flag, path in files + read:
@@ -241,9 +243,10 @@ def check_writable(flag, path, head=None, alone=False):
             raise IsADirectoryError(21, "is a folder")
         if os.path.exists(path) and not os.path.isfile(path):
             raise FileExistsError(17, "is no regular file")
-        if head and os.path.exists(path):
-            with open(path, errors="replace") as file:
-                if not file.readline(999).startswith(head) or alone and file.readline(999):
+        if os.path.exists(path):
+            with open(path, "a+", errors="replace") as file:  # a log is appended to
+                file.seek(0)
+                if head and (not file.readline(999).startswith(head) or alone and file.readline(999)):
                     raise Unusable(f"{flag} {path}: not the file of this run; name another, or remove it")
         with suppress(LookupError), writing(path):
             raise LookupError  # tried, and given up: root may write where no flag says so
@@ -363,7 +366,8 @@ def guarded(name, function):
         if hasattr(getattr(sys, stream), "reconfigure"):
             getattr(sys, stream).reconfigure(errors="replace")
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is said is the command's own lines
             function()
         return 0
     except Unusable as error:
@@ -377,7 +381,7 @@ def guarded(name, function):
         code, text = 1, f"out of memory; lower {sizes} ({error})"
     except KeyboardInterrupt as error:
         code, text = 130, str(error) or "interrupted"
-    tell(f"{name}: {' '.join(str(text).split())}")
+    tell(f"{name}: {' '.join(str(text).splitlines())}")
     return code
 
 
@@ -391,7 +395,9 @@ def run(args, module):
     experiments = [experiment for experiment, *_ in runs]
     check_outputs(args, experiments[0].columns)
     if args.plot:
-        check_plot(args.plot, experiments)
+        check_picture("--plot", args.plot)
+        if len({experiment.picture for experiment in experiments}) > 1:
+            raise Unusable("--plot draws checkpoints of one kind of task; leave the others out of --evaluate")
     unspread = [e.settings["task"] for e in experiments if not e.spreads]
     if unspread and (args.workers or args.scheduler):
         raise Unusable(f"{unspread[0]} has nothing to spread; leave out --workers, --scheduler")
@@ -510,7 +516,8 @@ def way_on(args, module, model, last):
     words = []
     for name, value in (again | {name: getattr(args, name) for name in names}).items():
         if value is not None:
-            words += ["--" + name.replace("_", "-"), *map(str, np.atleast_1d(value))]
+            values = map(str, np.atleast_1d(value))
+            words += ["--" + name.replace("_", "-"), *("./" * text.startswith("-") + text for text in values)]
     return f"go on with {shlex.join(words)}"
 
 
@@ -704,11 +711,12 @@ def one_blas_thread():
 def report(models, args, module):
     """The table of each model, in --results and on stdout; --plot."""
     rows, curves, tables = [], [], []
-    for (experiment, learned), name in zip(models, names_of(models, args)):
+    models = [(*model, name) for model, name in zip(models, names_of(models, args))]
+    for experiment, learned, name in models:
         s, asked = experiment.settings, settled(module.EVALUATION, args, experiment.settings)
         tell(f"evaluating {name} on {asked['eval_tasks']} unseen tasks")
         experiment.map = partial(counting, experiment.map, experiment.metric_name)
-        columns, model = {}, {} if name == s["method"] else {"model": name}
+        columns, model = {}, {"model": name} if len(models) > 1 else {}
         for shots, columns[shots] in experiment.test(learned, asked):
             label = {"task": s["task"], "method": s["method"], "shots": shots}
             for step, summary in enumerate(columns[shots]):
@@ -754,27 +762,32 @@ def cell(summary, scale, digits):
     return f"{mean} ± {ci95}"
 
 
-def check_plot(path, experiments):
-    """Unusable where --plot could not be drawn."""
+def check_picture(flag, path):
+    """Unusable where a picture could not be drawn, or written to `path`."""
     canvas = canvas_of(1, 1)
     try:
         canvas.text(0.5, 0.5, "±")
         canvas.savefig(io.BytesIO(), format=os.path.splitext(path)[1][1:])
     except Exception as error:  # whatever that format's library says
-        raise Unusable(f"--plot {path}: cannot be drawn ({tasks.one_line(error)}); end the name in png")
-    if len({experiment.picture for experiment in experiments}) > 1:
-        raise Unusable("--plot draws checkpoints of one kind of task; leave the others out of --evaluate")
+        raise Unusable(f"{flag} {path}: cannot be drawn ({tasks.one_line(error)}); end the name in png")
+    check_writable(flag, path)
 
 
-def canvas_of(width, height):
-    """A matplotlib figure, in inches."""
+def canvas_of(width, height, curves=0):
+    """A matplotlib figure, in inches; the higher, the more curves its legend names."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise Unusable("pictures need matplotlib; pip install matplotlib") from None
     except ValueError as error:  # its environment or matplotlibrc
         raise Unusable(f"matplotlib does not start ({tasks.one_line(error)})") from None
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height + 0.4 * max(0, curves - 6)), layout="constrained")
+
+
+def text_of(name):
+    """A text that holds a file's name, as matplotlib writes it: no formula, and no label that it hides."""
+    text = name.encode(errors="surrogateescape").decode(errors="replace").replace("$", r"\$")
+    return fill("./" * text.startswith("_") + text, 44)
 
 
 def save_picture(path, canvas):
@@ -794,9 +807,8 @@ def panel(axes, curves, experiment, **limits):
         half = np.array([0 if diverged else row["ci95"] for row in rows])
         median = f"median {experiment.scale * middle[-1]:.{experiment.digits}f}"
         name += f": {median if diverged else cell(rows[-1], experiment.scale, experiment.digits)}"
-        (line,) = axes.plot(
-            experiment.scale * middle, marker="osv^D*PX"[i % 8], ms=4, lw=1.2, label=fill(name, 44)
-        )
+        how = {"marker": "osv^D*PX"[i % 8], "ms": 4, "lw": 1.2, "label": text_of(name)}
+        (line,) = axes.plot(experiment.scale * middle, **how)
         low, high = experiment.scale * (middle - half), experiment.scale * (middle + half)
         axes.fill_between(range(len(rows)), low, high, color=line.get_color(), alpha=0.25, lw=0)
     axes.set(xlabel="gradient steps", **limits)

@@ -236,7 +236,7 @@ def adam(state, g, beta, b1=0.9, b2=0.999, eps=1e-8):
     t += 1
     m = b1 * m + (1 - b1) * g
     v = b2 * v + (1 - b2) * g * g
-    rate = beta * (1 - b2**t) ** 0.5 / (1 - b1**t)
+    rate = float(beta) * (1 - b2**t) ** 0.5 / (1 - b1**t)
     return State(theta - rate * m / (np.sqrt(v) + eps), (m, v), t)
 
 
@@ -262,7 +262,7 @@ def adam_step(state, rng, outer_gradient, sample, tasks, beta, clip=np.inf, parc
     if not (np.isfinite(value) and np.isfinite(np.dot(g, g))):  # Adam's v are squares
         what = f"the meta-loss is {value}, its largest gradient {np.abs(g).max()}"
         raise FloatingPointError(f"{what}, at iteration {state.iteration + 1}")
-    return adam(state, np.clip(g, -clip, clip) if clip < np.inf else g, beta), value
+    return adam(state, np.clip(g, -float(clip), float(clip)) if clip < np.inf else g, beta), value
 
 
 def mean_over_parcels(function, sample, rng, tasks, parcel=None, map=map):
@@ -669,6 +669,7 @@ def classify(models, args):
     for flag in "data results plot workers scheduler eval-tasks eval-shots eval-queries".split():
         if getattr(args, flag.replace("-", "_")):
             raise Unusable(f"--adapt prints its answer alone, so --{flag} does not go with it; leave it out")
+    lines = []
     for (experiment, learned), name in zip(models, cli.names_of(models, args)):
         s, network = experiment.settings, experiment.network
         if s["task"] == "sinusoid" or s["method"] == "nearest":
@@ -686,10 +687,11 @@ def classify(models, args):
         if not np.isfinite(out).all():
             found = f"the outputs diverge within {steps} steps"
             raise FloatingPointError(f"{found}: lower --alpha or --eval-steps")
-        lines = [f"{'class':<24}{'probability':<14}query, by {name}"]
+        width = max(24, *(len(each) + 2 for each in classes))
+        lines.append(f"{'class':<{width}}{'probability':<14}query, by {name}")
         for file, row in zip(files, softmax(out)):
-            lines.append(f"{classes[row.argmax()]:<24}{row.max():<14.3f}{file}")
-        cli.tell("\n".join(lines), to="stdout")
+            lines.append(f"{classes[row.argmax()]:<{width}}{row.max():<14.3f}{file}")
+    cli.tell("\n".join(lines), to="stdout")
 
 
 # Pictures: each is a function of its own, to be changed at will --------------------------------
@@ -698,7 +700,7 @@ PALE, GREY, BLUE, NAVY, RED, GREEN = "#bdc3c7", "#7f8c8d", "#2e86c1", "#154360",
 
 
 def plot(models, curves, log):
-    """The picture of some models of one kind, and their curves; --log's where there is one."""
+    """The picture of (experiment, learned, name) of one kind, and their curves; --log's where it is given."""
     draw = {"sinusoids": plot_sinusoids, "images": plot_images}[models[0][0].picture]
     return draw(models, curves, log)
 
@@ -718,11 +720,11 @@ def learning(axes, log, scale=1):
 
 def plot_sinusoids(models, curves, _):
     """As figure 2 of the paper: test sinusoids before and after adaptation, a row a model; and the error."""
-    canvas = cli.canvas_of(10, 2.2 * len(models) + 0.8)
+    canvas = cli.canvas_of(10, 2.2 * len(models) + 0.8, len(curves))
     left, right = canvas.subfigures(1, 2, width_ratios=[2, 1])
     grid = left.subplots(len(models), 3, squeeze=False, sharex=True, sharey=True)
-    for row, (experiment, learned) in zip(grid, models):
-        plot_fits(row, experiment, learned)
+    for row, model in zip(grid, models):
+        plot_fits(row, *model)
     for axes in grid[-1]:
         axes.set(xlabel="x")
     lines = grid[0, 0].get_legend_handles_labels()
@@ -733,7 +735,7 @@ def plot_sinusoids(models, curves, _):
     return canvas
 
 
-def plot_fits(row, experiment, learned):
+def plot_fits(row, experiment, learned, name):
     """Test sinusoids of one model before and after adaptation, one on each of the axes."""
     shots, steps = experiment.settings["shots"], {0: ("before", ":", GREY), 1: ("after 1 step", "--", BLUE)}
     steps[10] = "after 10 steps", "-", NAVY
@@ -744,22 +746,27 @@ def plot_fits(row, experiment, learned):
     for i, axes in enumerate(row):
         order = x[i, :, 0].argsort()
         axes.plot(x[i, order, 0], y[i, order, 0], color=RED, lw=2.5, alpha=0.5, label="truth")
-        for step, (name, style, color) in steps.items():
-            axes.plot(x[i, order, 0], outs[step][i, order, 0], style, color=color, lw=1.5, label=name)
+        for step, (when, style, color) in steps.items():
+            axes.plot(x[i, order, 0], outs[step][i, order, 0], style, color=color, lw=1.5, label=when)
         axes.plot(support[0][i, :, 0], support[1][i, :, 0], "^", color="black", ms=5, label="support")
         axes.set(ylim=(-7, 7), xticks=[-4, 0, 4], yticks=[-4, 0, 4])
-    row[0].set_title(f"{experiment.method}, K = {shots}", loc="left", fontsize=10)
+    row[0].set_title(cli.text_of(f"{name}, K = {shots}"), loc="left", fontsize=10)
     row[0].set(ylabel="y")
 
 
 def plot_images(models, curves, log):
     """A test task before and after adaptation, accuracy against gradient steps, and the learning curve."""
-    canvas = cli.canvas_of(10, 4.6)
+    canvas = cli.canvas_of(10, 4.6, len(curves))
     left, right = canvas.subfigures(1, 2, width_ratios=[1.6, 1])
-    plot_episode(left, *next((m for m in models if m[0].method != "nearest"), models[0]))
+    shown = next((model for model in models if model[0].method != "nearest"), models[0])
+    plot_episode(left, *shown[:2])
+    if len(models) > 1:
+        left.suptitle(cli.text_of(shown[2]), fontsize=10)
     experiment, axes = models[0][0], right.subplots(2 if log else 1, 1, squeeze=False)[:, 0]
+    chance = sorted({100 / model[0].settings["ways"] for model in models})
     for each in axes:
-        each.axhline(100 / experiment.settings["ways"], color=GREY, lw=1, ls=":", label="chance")
+        across = each.get_yaxis_transform()
+        each.hlines(chance, 0, 1, transform=across, color=GREY, lw=1, ls=":", label="chance")
     if log:
         learning(axes[0], log, experiment.scale)
         axes[0].set(ylim=(0, 103))
@@ -794,6 +801,8 @@ def plot_episode(canvas, experiment, learned):
         said = chances[label].argmax()
         verdict, color = ("right", GREEN) if said == label else ("wrong", RED)
         verdict = f"class {said + 1}, {chances[label, said]:.0%}\n{verdict}"
+        if not np.isfinite(chances[label]).all():
+            verdict, color = "diverged", RED
         column[-1].set_title(verdict, fontsize=9, color=color, fontweight="bold")
         column[-1].set(xlabel="class", ylim=(0, 1), yticks=[0, 1])
         column[-1].set_xticks(ways if len(ways) <= 6 else [1, len(ways)])

@@ -699,7 +699,8 @@ def plot(models, curves, log):
     for part, model in zip(left.subfigures(len(models), 1, squeeze=False)[:, 0], models):
         draw(part, *model)
     lines = {label: line for axes in canvas.axes for line, label in zip(*axes.get_legend_handles_labels())}
-    left.legend(lines.values(), lines.keys(), ncols=6, fontsize=9, loc="outside lower center", frameon=False)
+    place = {"ncols": 6 if len(lines) < 6 else 3, "loc": "outside lower center"}
+    left.legend(lines.values(), lines.keys(), fontsize=9, frameon=False, **place)
     cli.panel(right.subplots(), curves, models[0][0])
     return canvas
 
@@ -715,29 +716,29 @@ def behaviour(experiment, learned, goals, steps):
     return shown if rates else [("not adapted", "#009e73", shown[0][-1])]
 
 
-def plot_paths(canvas, experiment, learned):
+def plot_paths(canvas, experiment, learned, name):
     """Paths of navigation's point to three test goals, two of each."""
     goals, grid = test_goals("navigation", 3), canvas.subplots(1, 3, sharey=True)
-    for name, color, episodes in behaviour(experiment, learned, goals, SHOWN):
+    for when, color, episodes in behaviour(experiment, learned, goals, SHOWN):
         for axes, observations, mask in zip(grid, episodes.observations, episodes.mask):
             for path, taken in zip(observations[:2], mask):
-                axes.plot(*path[taken > 0, :2].T, color=color, lw=1.3, label=name)
+                axes.plot(*path[taken > 0, :2].T, color=color, lw=1.3, label=when)
     for axes, goal in zip(grid, goals):
         axes.plot(0, 0, "ko", ms=6, label="start")
         axes.plot(*goal, "*", color="#d55e00", mec="white", ms=15, label="goal")
         axes.set(xlim=(-0.75, 0.75), ylim=(-0.75, 0.75), aspect="equal", xlabel="x")
-    grid[0].set(ylabel="y", title=experiment.method)
+    grid[0].set(ylabel="y", title=cli.text_of(name))
 
 
-def plot_bodies(canvas, experiment, learned):
+def plot_bodies(canvas, experiment, learned, name):
     """A body from the side, time downwards: before, and adapted to the least and the greatest test goal."""
     s, goals = experiment.settings, np.sort(test_goals(experiment.settings["task"], 40))[[0, -1]]
-    *before, (name, _, after) = behaviour(experiment, learned, goals, (0, 3))
+    *before, (when, _, after) = behaviour(experiment, learned, goals, (0, 3))
     shown = [(*one, 0) for one in before]
     environment = environment_of(s, goals, 1)
     what = {"dir": "direction", "vel": "velocity"}[environment.kind]
     for i, color in enumerate(("#0072b2", "#d55e00")):
-        shown.append((f"{name}, {what} {goals[i].round(1):+g}", color, after, i))
+        shown.append((f"{when}, {what} {goals[i].round(1):+g}", color, after, i))
     moments, axes = np.ceil(np.arange(1, 5) * s["horizon"] / 4).astype(int), canvas.subplots()
     for label, color, episodes, task in shown:
         for row, t in enumerate(np.minimum(moments, int(episodes.mask[task, 0].sum()))):
@@ -747,7 +748,8 @@ def plot_bodies(canvas, experiment, learned):
     axes.hlines(ground, 0, 1, color="black", lw=1, transform=axes.get_yaxis_transform())
     axes.axvline(0, color="black", lw=1, ls=":", label="start")
     axes.set(yticks=ground, yticklabels=[f"{second:.1f} s" for second in seconds])
-    axes.set(xlabel="metres", title=f"{s['task']}, {experiment.method}", aspect="equal", adjustable="datalim")
+    title = cli.text_of(f"{s['task']}, {name}")
+    axes.set(xlabel="metres", title=title, aspect="equal", adjustable="datalim")
     axes.grid(axis="x", lw=0.5)
     axes.spines[:].set_visible(False)
 

@@ -343,11 +343,14 @@ def load_own(folder, shape, dtype=np.float32):
     """
     folder = Path(folder)
     classes = {name: files for name, files in _folders(folder).items() if name != "query"}
-    queries = sorted(file for where in (folder, folder / "query") for file in where.glob("*") if _image(file))
+    beside = [file for where in (folder, folder / "query") for file in where.glob("[!.]*")]
+    queries = sorted(filter(_image, beside))
     for name, files in [*classes.items(), ("", queries)]:
         if not files:
             what = "a class needs support images" if name else "put queries beside the classes"
             raise ValueError(f"{folder / name}: no JPEG or PNG: {what}")
+    if left := sum(not file.is_dir() for file in beside) - len(queries):
+        tell(f"{folder}: {left} of the files to classify left out, being no JPEG or PNG of a plain name")
     files = [folder / name / file for name, some in classes.items() for file, *_ in some]
     x = _scaled(_decoded([*files, *queries], shape), dtype)[None]
     y = np.eye(len(classes), dtype=dtype).repeat([len(some) for some in classes.values()], axis=0)

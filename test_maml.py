@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -404,6 +405,9 @@ def test_adam_is_its_equation():
     state, theta, m, v = maml.State.start(np.array([1.0, -2.0])), np.array([1.0, -2.0]), 0, 0
     for t, g in enumerate(np.random.default_rng(0).normal(size=(5, 2)), 1):
         state = maml.adam(state, g, 0.1)
+        assert (
+            maml.adam(maml.State.start(*single(theta)), *single(g), np.float64(0.1)).theta.dtype == np.float32
+        )
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         theta = theta - 0.1 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-8)
         assert error(state.theta, theta) < 1e-14 and state.iteration == t
@@ -1063,10 +1067,11 @@ def test_every_method_writes_its_table_and_log_and_evaluates_alike(folder, monke
     assert [row["iteration"] for row in rows_of("log.csv")] == ["30", "40"] * (kind != "random")
     assert command("--evaluate a.npz --eval-tasks 8") == 0
     assert capsys.readouterr().out == table
-    shutil.copy("a.npz", "b,.npz")
-    assert command("--evaluate a.npz b,.npz --eval-tasks 2 --results results.csv") == 0
+    for name in (kind, "b,.npz"):
+        shutil.copy("a.npz", name)
+    assert command("--evaluate a.npz", kind, "b,.npz --eval-tasks 2 --results results.csv") == 0
     assert re.findall(r"meta-iterations, (.*)", capsys.readouterr().out) == ["a.npz", "b,.npz"]
-    assert [row["model"] for row in rows_of("results.csv")[::33]] == ["a.npz", "b,.npz"]
+    assert [row["model"] for row in rows_of("results.csv")[::33]] == ["a.npz", kind, "b,.npz"]
 
 
 @pytest.mark.parametrize(
@@ -1159,8 +1164,10 @@ def test_ctrl_c_ends_the_next_iteration_a_second_this(folder, monkeypatch, capsy
 
 
 def test_the_way_on_after_ctrl_c_has_every_flag_that_no_checkpoint_keeps():
-    words = "--data d --results r.csv --plot p.png --workers 2 --eval-tasks 8 --eval-steps 3 --eval-shots 1"
-    args = maml.build_parser().parse_args(words.split())
+    words = (
+        "--data d --results r.csv --plot ./-p.png --workers 2 --eval-tasks 8 --eval-steps 3 --eval-shots 1"
+    )
+    args = maml.build_parser().parse_args(words.replace("--plot ./", "--plot=").split())
     assert cli.way_on(args, maml, "a.npz", last=False) == f"go on with --resume a.npz {words}"
 
 
@@ -1177,6 +1184,16 @@ def test_too_little_memory_is_one_line(folder, capsys, monkeypatch):
     monkeypatch.setattr(tasks, "sinusoid", lambda *_, **asked: np.empty(2**59))
     assert command(QUICK) == 1
     assert "maml.py: out of memory; lower --meta-batch" in capsys.readouterr().err
+
+
+def test_a_log_that_cannot_be_appended_to_is_found_out_first(folder, monkeypatch, capsys, recwarn):
+    Path("a.csv").write_text("iteration,loss,before,after\n")
+    os.chmod("a.csv", 0o444)
+    refusal = Mock(side_effect=PermissionError(13, "Permission denied"))  # which root never meets
+    monkeypatch.setattr(cli, "open", lambda path, mode="r", **how: "a" in mode and refusal(), raising=False)
+    assert command(QUICK, "--log a.csv") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert cli.guarded("a", lambda: warnings.warn("of a library", stacklevel=2)) == 0 and not recwarn
 
 
 def test_evaluation_may_fine_tune_at_another_rate_and_says_what_diverged(glyphs, capsys):
@@ -1207,7 +1224,8 @@ def files(tmp_path_factory, omniglot):
     unpacked(folder / "photographs", {f"{split}/a/{i}.png": b"" for split in SPLITS for i in range(16)})
     unpacked(folder, {"own/third/notes.txt": b"", "afile": b"mine", "empty": b"", "lone.best.npz": b""})
     unpacked(folder, {"cut.npz": good.read_bytes()[:-300], "old.csv": b"iteration,loss,before,after\n5"})
-    unpacked(folder, dict.fromkeys(("two/a/1.png", "two/2.png"), png(glyph(0)[0])))
+    own = "two/a/1.png", "two/2.png", "three/a/1.png", "three/b/1.png", "three/c/1.png", "three/2.png"
+    unpacked(folder, dict.fromkeys(own, png(glyph(0)[0])))
     os.mkfifo(folder / "fifo")
     np.savez(folder / "other.npz", weights=np.ones(3))
     np.savez(folder / "pickled.npz", theta=np.array([{}], object), settings="{}")
@@ -1258,6 +1276,7 @@ BAD = {
         ("--evaluate glyphs.npz --adapt photographs/train", "train: no JPEG or PNG: put queries beside"),
         ("--evaluate glyphs.npz --adapt two", "two: 1 classes, and the model is 3-way"),
         ("--evaluate good.npz --adapt own", "for networks of images, not sinusoid, maml"),
+        ("--evaluate glyphs.npz good.npz --adapt three", "for networks of images, not sinusoid, maml"),
         ("--evaluate sgd.npz --alpha 1", "was trained with alpha 0.01, not 1.0"),
         ("--evaluate glyphs.npz --adapt own --eval-tasks 9", "--eval-tasks does not go with it"),
         *[(f"--evaluate good.npz --{x} 5", f"--{x} does not go") for x in TRAINING],
@@ -1288,6 +1307,7 @@ BAD = {
         ("--task sinusoid --save=", r"--save.*invalid text \(not empty\) value"),
         ("--task sinusoid --iterations 3000000000", "--iterations.*1 to 2147483647"),
         *[(f"--task omniglot --ways {n}", f"--ways.*2 to 2147483647.*'{n}'") for n in (1, 10**20)],
+        ("--task omniglot --workers 2147483647", "--workers.*1 to 1024"),
         ("--task sinusoid --log x.csv --results ./x.csv", "are both ./x.csv"),
     ],
     rl: [
@@ -1310,7 +1330,7 @@ def test_bad_use_is_one_line_and_changes_nothing(files, monkeypatch, capsys, mod
             monkeypatch.setitem(sys.modules, name, None)
     elif "--plot" in words:
         pytest.importorskip("matplotlib", reason="needs matplotlib")
-    elif "glyphs.npz --adapt" in words:
+    elif "glyphs.npz --adapt" in words or "three" in words:
         pytest.importorskip("PIL", reason="needs pillow")
     monkeypatch.chdir(files)
     monkeypatch.setattr(module, "train", lambda *_: pytest.fail("training began"))
@@ -1377,6 +1397,26 @@ def test_plot_draws_a_picture(glyphs, files):
         os.unlink("a.png")
 
 
+def test_a_picture_names_its_models_whatever_their_files_are_called(glyphs, files, monkeypatch):
+    text = pytest.importorskip("matplotlib.text", reason="needs matplotlib")
+    monkeypatch.setattr(cli, "save_picture", save := Mock(wraps=cli.save_picture))
+    names, few = ("_$1_$2.npz", "\udcff.npz"), "--eval-steps 1 --eval-tasks 2 --plot a.png"
+    for kind, module, words in [
+        ("good", maml, "--eval-shots 1"),
+        ("glyphs", maml, "--data glyphs --alpha 1e38"),
+        ("walk", rl, "--eval-trajectories 2"),
+    ]:
+        for name in names:
+            shutil.copy(files / f"{kind}.npz", name)
+        assert command("--evaluate", *names, words, few, module=module) == 0
+        said = [one.get_text() for one in save.call_args[0][1].findobj(text.Text)]
+        for shown in ("./_\\$1_\\$2.npz", "\ufffd.npz"):
+            assert sum(one.startswith(shown) for one in said) == (
+                2 if kind != "glyphs" or "_" in shown else 1
+            )
+        assert ("diverged" in said) == (kind == "glyphs")
+
+
 def test_scripts_of_assets_draw_pictures(folder, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     from assets import curves, idea
@@ -1391,10 +1431,17 @@ def test_scripts_of_assets_draw_pictures(folder, monkeypatch):
     assert given == ("98.7 ± 0.4", 100, "accuracy in %")
     assert sorted(os.listdir("assets")) == ["curves.png", "idea.png"]
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in Path("assets").iterdir())
-    for log, reason in {"none.csv": "No such file", "torn.csv": "damaged"}.items():
-        Path("torn.csv").write_text("iteration,loss,before,after\n500,1,2\n")
-        with pytest.raises(cli.Unusable, match=f"{log}: .*{reason}"):
-            curves.main("b.png", log)
+    Path("torn.csv").write_text("iteration,loss,before,after\n500,1,2\n")
+    unpacked(folder, {"bad.npz": b"", "bad.csv": b"", "bad-log.csv": b""})
+    for script, words, reason in [
+        (curves, ("b.png", "none.csv"), "none.csv: .*No such file"),
+        (curves, ("b.png", "torn.csv"), "torn.csv: .*damaged"),
+        (curves, ("b.png", "bad-log.csv"), "bad.npz: .*damaged"),
+        (curves, ("none/b.png", "a.csv"), "none/b.png: cannot write there"),
+        (idea, ("--help",), "--help: this script takes no words"),
+    ]:
+        with pytest.raises(cli.Unusable, match=reason):
+            script.main(*words)
 
 
 def test_a_benchmark_finds_its_sides_equal_before_it_times_them(monkeypatch, capsys):
@@ -1457,6 +1504,7 @@ def test_ones_own_images_are_classified(glyphs, capsys):
     names = "bar/1.png", "bar/4.png", "2.jpg", "ring/1.png", "query/3.png"
     for name, pixels in zip(names, (bar, bar, bar, ring, ring)):
         image.fromarray(pixels).save(Path("own", name))
+    Path("own/3.bmp").write_bytes(b"")
     image.merge("LA", [image.new("L", (56, 56)), image.fromarray(255 - bar)]).save("own/bar/4.png")
     (exif := image.Exif())[0x0112] = 6  # stored lying, shown upright
     image.fromarray(np.rot90(ring)).save("own/ring/1.png", exif=exif)
@@ -1465,10 +1513,16 @@ def test_ones_own_images_are_classified(glyphs, capsys):
     assert y.tolist() == [[[1, 0], [1, 0], [0, 1]]] and (x[0, 0] == x[0, 1]).all(), "paper is transparent"
     ink = 1 - ring.reshape(28, 2, 28, 2).mean((1, 3)) / 255
     assert np.abs(x[0, 2, ..., 0] - ink).max() < 1 / 255
+    os.rename("own/ring", f"own/{'ring' * 7}")
     assert command("--evaluate a.npz --adapt own") == 0
-    head, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    out, err = capsys.readouterr()
+    head, *lines = [line.split() for line in out.splitlines()]
+    assert "own: 1 of the files to classify left out" in err
     assert head == ["class", "probability", "query,", "by", "maml"]
-    assert [(label, file) for label, _, file in lines] == [("bar", "own/2.jpg"), ("ring", "own/query/3.png")]
+    assert [(label, file) for label, _, file in lines] == [
+        ("bar", "own/2.jpg"),
+        ("ring" * 7, "own/query/3.png"),
+    ]
     assert all(float(probability) > 0.6 for _, probability, _ in lines)
     assert command(GLYPHS, "--net mlp --ways 2 --iterations 1 --save b.npz") == 0
     assert command("--evaluate b.npz --adapt own") == 0
@@ -2271,6 +2325,10 @@ def test_the_readmes_figures_are_those_of_the_weights_and_tables(folder):
     for name, some in parts.items():
         Path(name).write_text("\n".join([*some, ""]))
     assert assets.tables.joined(reversed(parts)) == "\n".join([head, *rows, ""])
+    for old, new, reason in [("tasks", "tasks,model", "one shape"), (",20,10,", ",20,11,", "missing")]:
+        Path(name).write_text("\n".join([*some, ""]).replace(old, new))
+        with pytest.raises(cli.Unusable, match=reason):
+            assets.tables.joined(parts)
 
 
 def test_readme_commands_are_understood():

@@ -22,12 +22,12 @@ def plot_curves(canvas, logs):
         try:
             figure, scale, metric = published(log.with_name(f"{name}.npz"))
             maml.learning(axes, log, scale)
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, cli.Unusable) as error:
             reason = tasks.one_line(error)
             raise cli.Unusable(f"{log}: it or its model is damaged, or not of this project ({reason})")
         if figure:
             axes.axhline(float(figure.split()[0]), color=maml.RED, lw=1, ls="--", label="published, test")
-        axes.set_title(name, loc="left", fontsize=8)
+        axes.set_title(cli.text_of(name), loc="left", fontsize=8)
         axes.set(ylabel=metric)
     lines = {name: line for axes in grid for line, name in zip(*axes.get_legend_handles_labels())}
     canvas.legend(lines.values(), lines, ncols=3, loc="outside lower center", frameon=False)
@@ -48,7 +48,7 @@ def published(weights):
 def main(path=None, *logs):
     if not logs:
         raise cli.Unusable("name a picture and the --log files: FILE.png NAME-log.csv ...")
-    cli.check_plot(path, [])
+    cli.check_picture("FILE.png", path)
     canvas = cli.canvas_of(11, 0.4 + 2.5 * -(-len(logs) // 4))
     plot_curves(canvas, logs)
     cli.save_picture(path, canvas)

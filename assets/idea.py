@@ -17,7 +17,7 @@ import maml
 import nets
 import tasks
 
-ITERATIONS, ALPHA, SHOTS = 70_000, 0.01, 10
+PICTURE, ITERATIONS, ALPHA, SHOTS = "assets/idea.png", 70_000, 0.01, 10
 NETWORK = nets.mlp((1, 40, 40, 1))
 LOSS = nets.mean_squared_error(NETWORK)
 
@@ -63,14 +63,17 @@ def plot_idea(canvas, starts, count=14, seed=1):
     canvas.legend(handles, names, title=key, ncols=4, loc="outside lower center", frameon=False)
 
 
-def main():
+def main(*given):
+    if given:
+        raise cli.Unusable(f"{' '.join(given)}: this script takes no words, and draws {PICTURE}")
+    cli.check_picture("this script", PICTURE)
     cli.one_blas_thread()
     canvas = cli.canvas_of(9, 3.4)
     maml_gradient = partial(maml.meta_gradient, LOSS, alpha=ALPHA, steps=1)
     methods = {"Joint training": partial(maml.joint_gradient, LOSS), "MAML": maml_gradient}
     plot_idea(canvas, {title: trained(outer_gradient) for title, outer_gradient in methods.items()})
-    cli.save_picture("assets/idea.png", canvas)
+    cli.save_picture(PICTURE, canvas)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded("idea.py", main))
+    sys.exit(cli.guarded("idea.py", lambda: main(*sys.argv[1:])))

@@ -34,12 +34,15 @@ def results(path):
 
 def loaded(weights):
     """A model -> settings, State, experiment, `results`, and K: the published one where there is one."""
-    with np.load(weights) as arrays:
-        task = json.loads(str(arrays["settings"]))["task"]
-    module = rl if task in rl.TASKS else maml
-    settings, state, *_ = cli.load_checkpoint(str(weights), module)
-    experiment, found = module.experiment_of(settings), results(weights.with_suffix(".csv"))
-    shots = next((k for k, _ in found if experiment.published(k)), min(found)[0])
+    try:
+        with np.load(weights) as arrays:
+            task = json.loads(str(arrays["settings"]))["task"]
+        module = rl if task in rl.TASKS else maml
+        settings, state, *_ = cli.load_checkpoint(str(weights), module)
+        experiment, found = module.experiment_of(settings), results(weights.with_suffix(".csv"))
+        shots = next((k for k, _ in found if experiment.published(k)), min(found)[0])
+    except Exception as error:  # whatever the bytes hold
+        raise cli.Unusable(f"{weights}: it or its table is damaged, or missing ({tasks.one_line(error)})")
     return settings, state, experiment, found, shots
 
 
@@ -66,15 +69,20 @@ def row(weights):
 
 def joined(paths):
     """The rows of METHOD-SEED.csv files as one table, with the seed in front."""
-    tables, methods = {}, [m for m in maml.METHODS + maml.BASELINES if m != "nearest"]
+    tables, heads, methods = {}, set(), [m for m in maml.METHODS + maml.BASELINES if m != "nearest"]
     for path in map(Path, paths):
         try:
             head, *lines = path.read_text().splitlines() or [""]
-        except (OSError, ValueError) as error:
-            raise cli.Unusable(f"{path}: {tasks.one_line(error)}")
+            missing = set(SHOWN) - results(path).keys()
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise cli.Unusable(f"{path}: no whole table of --results ({tasks.one_line(error)})")
+        if missing:
+            raise cli.Unusable(f"{path}: K, steps {sorted(missing)} are missing; evaluate as by default")
+        heads.add(head)
         method, _, seed = path.stem.rpartition("-")
         tables[method, seed] = [f"{seed},{line}" for line in lines if line.startswith(f"sinusoid,{method},")]
-    if {method for method, _ in tables} != set(methods) or len({*map(len, tables.values())} - {0}) != 1:
+    sizes = {*map(len, tables.values())}
+    if {method for method, _ in tables} != set(methods) or 0 in sizes or len(sizes) + len(heads) > 2:
         raise cli.Unusable(f"name METHOD-SEED.csv files of {', '.join(methods)}, all with one shape of table")
     order = sorted(tables, key=lambda key: (methods.index(key[0]), key[1]))
     return "\n".join([f"seed,{head}", *(line for key in order for line in tables[key]), ""])
