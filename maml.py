@@ -350,13 +350,13 @@ SETTINGS = cli.table_of(  # what a checkpoint keeps; 20-way, 5-shot and Reptile 
     ("query",      count,   10,        "shots",   15,        "query examples in training, likewise"),
     ("net",        NETS,    None,      "conv",    "conv",    "network for images"),
     ("filters",    count,   None,      64,        32,        "filters per convolution"),
-    ("steps",      count,   1,         1,         5,         "inner gradient steps in training"),
+    ("steps",      count,   1,         1,         5,         "inner steps in training (or 5, 10: README)"),
     ("alpha",      rate,    0.01,      2.0,       0.05,      "inner step size"),
     ("beta",       rate,    0.001,     0.001,     0.001,     "outer step size, Adam's"),
-    ("meta_batch", count,   25,        32,        4,         "tasks per meta-iteration"),
+    ("meta_batch", count,   25,        32,        4,         "tasks per meta-iteration (or 16, 2: README)"),
     ("iterations", count,   70_000,    60_000,    60_000,    "meta-iterations in all"),
-    ("seed",       whole,   0,         0,         0,         "seed of every random draw"),
-    ("dtype",      FLOATS,  "float32", "float32", "float32", "number type of all arithmetic"),
+    ("seed",       whole,   0,         0,         0,         "seed of weights and tasks"),
+    ("dtype",      FLOATS,  "float32", "float32", "float32", "number type of weights, data and networks"),
 )
 EVALUATION = cli.table_of(  # may differ at every evaluation
     TASKS,
@@ -386,7 +386,7 @@ def conditional_defaults(args, task, method):
 def build_parser():
     """The command's flags. A flag that was not given is None, and settled by `cli.settings_of`."""
     first_order = {"dest": "method", "const": "fomaml", "help": "short for --method fomaml"}
-    workers = "compute the parcels of an image meta-batch (default: one for each core)"
+    workers = "compute parcels of image tasks (default: one for each core)"
     parser = cli.parser_of(sys.modules[__name__], "Model-Agnostic Meta-Learning", first_order, workers)
     what = "folder of the images (default: data/omniglot, fetched where it is missing; data/miniimagenet)"
     parser.add_argument("--data", type=cli.nonempty, metavar="FOLDER", help=what)
@@ -428,6 +428,7 @@ class Experiment:
     open(data, asked)       loads the data and finds out what is missing, for training and for the table that
                             `asked` describes; Unusable
     start()                 -> the State that training begins with
+    stream(purpose)         -> the seed's generator for "training" and other purposes
     step(state, rng, map)   -> State, outcome: a meta-iteration; progress shows the outcome, by the name
                             `watched`, as a mean over some `smoothed` meta-iterations
     measure(state, outcome) -> a row of the log (`columns`), a line of progress, the validation score or None

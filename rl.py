@@ -338,7 +338,7 @@ def advantages(rewards, values, mask, discount, lam):
 
 
 def batch_of(episodes, discount, lam):
-    """Episodes as data for `PolicyGradient`: x [T, n, d], y [T, n, 2a] = [a, A / steps], 0 where mask is."""
+    """Episodes for `PolicyGradient`: x [T, n, d], y [T, n, 2a] = [a, A / steps]; A is 0 where mask is."""
     observations, actions, rewards, mask = episodes
     values = baseline(observations, discounted(rewards, discount), mask)
     a = advantages(rewards, values, mask, discount, lam)
@@ -389,7 +389,7 @@ def task_problem(loss, alpha, order, theta, batches):
     batches are the (x, y) of each inner step, [T, n, ...], and those of the adapted policy's steps. With
     J u = (I - alpha H_{S-1}) ... (I - alpha H_0) u, or u where order is 1,
 
-        loss = -surrogate, its ratio 1    gradient = Jᵀ ∇L(theta'; query)    F v = Jᵀ (Fisher at theta') J v.
+        loss = `surrogate`'s, ratio 1    gradient = Jᵀ ∇L(theta'; query)    F v = Jᵀ (Fisher at theta') J v.
     """
     *supports, (x, y) = batches
     adapted, hessians = maml.unroll(loss, theta, supports, alpha)
@@ -449,7 +449,7 @@ def trust_region_step(theta, value, gradient, product, objective, max_kl, cg_ste
 
 # The experiments -------------------------------------------------------------------------------
 
-# The authors' settings (not all are the paper's); locomotion's lam and cg_steps: README, departure 12.
+# The authors' settings (not all are the paper's), but for what the README's departures 11 and 12 say.
 TASKS = cli.COMMANDS["rl.py"]
 share = cli.number(float, 0, 1, "share (0 to 1)")
 # fmt: off
@@ -458,9 +458,9 @@ SETTINGS = cli.table_of(  # what a checkpoint keeps
     # in the order of TASKS: navigation, cheetah-vel, cheetah-dir, ant-vel, ant-dir
     ("meta_batch",   count,  40,   40,   40,   40,   40,   "tasks per meta-iteration"),
     ("trajectories", count,  20,   20,   20,   20,   40,   "trajectories per task and step, K"),
-    ("steps",        whole,  1,    1,    1,    1,    1,    "inner gradient steps in training"),
+    ("steps",        whole,  1,    1,    1,    1,    1,    "inner gradient steps in training (baselines 0)"),
     ("order",        (1, 2), 2,    2,    2,    2,    2,    "1 drops the second derivatives"),
-    ("alpha",        rate,   0.5,  0.1,  0.1,  0.1,  0.1,  "inner step size"),
+    ("alpha",        rate,   0.5,  0.1,  0.1,  0.1,  0.1,  "inner step size (baselines: rl.ALPHA)"),
     ("iterations",   count,  100,  475,  100,  375,  575,  "meta-iterations in all"),
     ("max_kl",       rate,   0.01, 0.01, 0.02, 0.01, 0.01, "largest KL of an outer step, nats"),
     ("hidden",       count,  100,  100,  100,  100,  100,  "units of both hidden layers"),
@@ -472,8 +472,8 @@ SETTINGS = cli.table_of(  # what a checkpoint keeps
     ("damping",      rate,   1e-5, 1e-5, 1e-5, 1e-5, 1e-5, "added to the Fisher product"),
     ("backtrack",    share,  0.8,  0.8,  0.8,  0.8,  0.8,  "factor of the line search"),
     ("tries",        count,  15,   15,   15,   15,   15,   "step sizes the line search tries"),
-    ("seed",         whole,  0,    0,    0,    0,    0,    "seed of every random draw"),
-    ("dtype", FLOATS, *["float32"] * 5, "number type of all arithmetic"),
+    ("seed",         whole,  0,    0,    0,    0,    0,    "seed of weights, goals and trajectories"),
+    ("dtype", FLOATS, *["float32"] * 5, "number type of policies and their gradients"),
 )
 EVALUATION = cli.table_of(  # may differ at every evaluation
     TASKS,

@@ -5,7 +5,7 @@ A sampler takes a numpy.random.Generator first and returns support, query: two p
 [tasks, examples, ...], cut from one draw.
 
 Images are read once into memory-mapped arrays. A split is uint8 [classes, images of a class, height, width,
-channels], 255 for 1.0. Whatever is wrong with the data raises a ValueError of one line that names the file or
+channels], 255 for 1.0. What is wrong with a data set raises a ValueError of one line that names the file or
 the class and says what to do.
 """
 
@@ -338,8 +338,8 @@ def load_own(folder, shape, dtype=np.float32):
     """A task of the user's images -> class names, support (x, y), query files, query x, as in `few_shot`.
 
     folder: a folder of support images per class, and the queries beside these, or in its folder `query`:
-    JPEGs or PNGs of any size, brought to `shape` (height, width, channels) as the data sets are. With one
-    channel dark is ink, 1.
+    JPEGs or PNGs of up to 2^25 pixels, brought to `shape` (height, width, channels) as the data sets are.
+    With one channel dark is ink, 1.
     """
     folder = Path(folder)
     classes = {name: files for name, files in _folders(folder).items() if name != "query"}
