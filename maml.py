@@ -86,8 +86,8 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
     the rest is computed again: one more gradient for each of these steps.
     """
     alpha = _checked(theta, support, alpha, steps, 2, query)
-    if kept < 0:
-        raise ValueError(f"kept = {kept}; expected 0 or more")
+    if not isinstance(kept, (int, np.integer)) or kept < 0:
+        raise ValueError(f"kept = {kept}; expected an integer, 0 or more")
     thetas = [theta]
     for _ in range(steps - kept):
         thetas.append(thetas[-1] - alpha * gradient(loss, thetas[-1], *support))
@@ -233,6 +233,8 @@ def adam(state, g, beta, b1=0.9, b2=0.999, eps=1e-8):
     not corrected for bias (Kingma & Ba's "epsilon hat"), as in the authors' code.
     """
     theta, (m, v), t = state
+    if (g.shape, g.dtype) != (theta.shape, theta.dtype):
+        raise ValueError(f"the gradient is {g.dtype} {g.shape}; expected {theta.dtype} {theta.shape}")
     t += 1
     m = b1 * m + (1 - b1) * g
     v = b2 * v + (1 - b2) * g * g
@@ -256,7 +258,7 @@ def adam_step(state, rng, outer_gradient, sample, tasks, beta, clip=np.inf, parc
 
     outer_gradient(theta, support, query) -> value, gradient, means over tasks; sample, tasks, parcel and map
     as in `spread`. The gradient is clipped to ±clip, element by element. FloatingPointError names the
-    iteration whose loss or gradient is not finite.
+    iteration whose loss, or sum of the gradient's squares, is not finite.
     """
     value, g = mean_over_parcels(partial(outer_gradient, state.theta), sample, rng, tasks, parcel, map)
     if not (np.isfinite(value) and np.isfinite(np.dot(g, g))):  # Adam's v are squares
@@ -290,7 +292,9 @@ def spread(function, sample, rng, tasks, parcel=None, map=map):
 
 def parcels(tasks, parcel=None):
     """The number of tasks in each parcel: `parcel`, in the last what is left; None: all in one."""
-    parcel = parcel or tasks
+    parcel = tasks if parcel is None else parcel
+    if min(tasks, parcel) < 1:
+        raise ValueError(f"{tasks=}, {parcel=}; expected 1 or more of each")
     return [min(parcel, tasks - start) for start in range(0, tasks, parcel)]
 
 
@@ -311,6 +315,7 @@ def evaluate(loss, theta, sample, rng, tasks, alpha, steps, metric=None, parcel=
 
 def curve(loss, theta, support, query, alpha, steps, metric):
     """`evaluate` on given tasks: -> [steps + 1, T]."""
+    _checked(theta, support, alpha, steps, query=query)
     theta = adapt(loss, theta, support, alpha, 0)
     rows = [metric(theta, *query)]
     for _ in range(steps):

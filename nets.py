@@ -14,7 +14,7 @@ and the next pass, a closure over what has been computed so far. For a layer out
     d_below         = finish(du, h)      the change of below, and that of dL/d w is written into h
 
 What the last pass writes, for v in parameter space, is the Hessian-vector product H v: forward over
-reverse, at the cost of two gradients and with no pass repeated.
+reverse, at the cost of two gradients and with no pass repeated. A pass may overwrite its u, dx or du.
 """
 
 import itertools
@@ -46,6 +46,8 @@ class Network:
         stops = [*itertools.accumulate(math.prod(layer.view or (0,)) for layer in layers)]
         self.parts = [(slice(i, j), layer.view) for i, j, layer in zip([0, *stops], stops, layers)]
         self.size = stops[-1]
+        if sum(map(math.prod, self.shapes.values())) != self.size:
+            raise ValueError(f"layers share a name: {', '.join(self.shapes)} are not all; give each its own")
 
     def init(self, rng, dtype=np.float32):
         """theta [P] at the start of training: weights as their layer draws them, vectors zero."""
@@ -115,8 +117,8 @@ class Network:
 
     def _checked(self, theta, x):
         flat = 1 in (x.ndim - 2, len(self.inputs)) and math.prod(x.shape[2:]) == math.prod(self.inputs)
-        if x.ndim < 3 or x.shape[2:] != self.inputs and not flat:
-            raise ValueError(f"x has shape {x.shape}; expected (tasks, examples, *{self.inputs})")
+        if x.ndim < 3 or 0 in x.shape or x.shape[2:] != self.inputs and not flat:
+            raise ValueError(f"x has shape {x.shape}; expected (tasks, examples, *{self.inputs}), none 0")
         if theta.shape not in ((self.size,), (len(x), self.size)):
             expected = f"({self.size},) or (tasks, {self.size})"
             raise ValueError(f"theta has shape {theta.shape}, x {x.shape}; expected theta {expected}")
@@ -503,7 +505,7 @@ class _Patches:
         tasks, n, height, width, c = self.x_shape
         padded = np.zeros((tasks, n, height + 2, width + 2, c), patches.dtype)
         for k, tap in enumerate(_taps(padded, self.stride)):  # a pixel sums what the patches hold of it
-            tap += patches[..., k, :]
+            np.add(tap, patches[..., k, :], out=tap)
         return padded[:, :, 1:-1, 1:-1]
 
 
@@ -543,16 +545,14 @@ def _unfold(x, stride):
 class FirstBlock:
     """BatchNorm of Conv of the data, as one layer: no pass over the convolution's output, the largest array.
 
-    The patches a do not depend on theta, so that their mean and covariance C determine what the
-    batch norm does. With a centred, a·b the sum of products down a column, and w̃ = w / s,
+    The patches a do not depend on theta, so that their mean and covariance C determine what batch norm does.
+    With a centred, and a column of ones for beta as in `Dense`, a·b the sum down a column, and w̃ = w / s,
 
         s = sqrt(w·Cw + 0.001)        out = a w̃ + beta         G = aᵀu          q = G·w̃
         dL/dw = (G - q C w̃) / s       dL/dbeta = 1ᵀu
 
         ds = C w̃·v                    dw̃ = (v - w̃ ds) / s      dG = aᵀdu        dq = dG·w̃ + G·dw̃
         h = (dG - dq C w̃ - q C dw̃ - ds dL/dw) / s
-
-    A column of ones on a, as in `Dense`, stands for beta: [a, 1] [w̃; beta].
     """
 
     def __init__(self, conv, norm):
@@ -683,15 +683,15 @@ class Loss:
         """L(theta + v) = value + g·v + v·H v / 2 + ...: -> value [T], g [T, P], v ↦ H v.
 
         v is [T, P] and so is H v, or [P], summed over tasks, with product(v, total=True). The
-        Hessian-vector product keeps the activations of this call and costs about two gradients.
+        Hessian-vector product reads theta, x and this call's activations, and costs about two gradients.
         """
         out, backward = self.network.forward(theta, x)
         value, u, second = self.output.expand(*_matching(out, y))
         gradient, tangent = backward(u)
 
         def product(v, total=False):
-            if v.shape != gradient.shape:
-                raise ValueError(f"v has shape {v.shape}; expected that of the gradient, {gradient.shape}")
+            if (v.shape, v.dtype) != (gradient.shape, gradient.dtype):
+                raise ValueError(f"v is {v.dtype} {v.shape}; expected {gradient.dtype} {gradient.shape}")
             d_out, finish = tangent(v)
             return finish(second(d_out), np.empty(v.shape[1:] if total else v.shape, v.dtype))
 

@@ -44,7 +44,7 @@ class Navigation:
     horizon, actions = 100, 2
 
     def __init__(self, goals, trajectories, oracle=False):
-        self.goals = np.repeat(np.asarray(goals, float)[:, None], trajectories, axis=1)
+        self.goals = np.repeat(np.asarray(goals, float).reshape(-1, 1, 2), trajectories, axis=1)
         self.oracle = oracle
 
     def reset(self, rng):
@@ -52,12 +52,12 @@ class Navigation:
         return self.observe()
 
     def step(self, actions):
-        self.position = self.position + np.clip(0.1 * actions, -0.1, 0.1)
+        self.position = self.position + np.clip(0.1 * actions, -0.1, 0.1).reshape(self.position.shape)
         offset = self.position - self.goals
         return self.observe(), -np.hypot(*np.moveaxis(offset, -1, 0)), (np.abs(offset) < 0.01).all(axis=-1)
 
     def observe(self):
-        return np.concatenate([self.position, self.goals], axis=-1) if self.oracle else self.position
+        return np.concatenate([self.position, self.goals][: 1 + self.oracle], axis=-1)
 
 
 class Locomotion:
@@ -84,7 +84,7 @@ class Locomotion:
             raise ValueError(f"{name}; expected one of {', '.join(TASKS[1:])}")
         body, self.kind = name.split("-")
         self.ant, self.oracle, self.frame_skip = body == "ant", oracle, frame_skip
-        self.goals = np.repeat(np.asarray(goals, float)[:, None], trajectories, axis=1)
+        self.goals = np.repeat(np.asarray(goals, float).reshape(-1, 1), trajectories, axis=1)
         mujoco, self.model = _mujoco("ant.xml" if self.ant else "half_cheetah.xml")
         # MuJoCo would put a state that is not finite back to the start, and the ant never be done for it.
         self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
@@ -113,7 +113,7 @@ class Locomotion:
         return self._advance(range(count), 0)
 
     def step(self, actions):
-        a = np.clip(actions.reshape(len(self.states), -1), -1, 1).astype(float)
+        a = np.clip(actions.reshape(len(self.states), self.actions), -1, 1).astype(float)
         self.states[:, -self.actions :] = a
         alive = ~self.ended
         observations = self._advance(np.flatnonzero(alive).tolist(), self.frame_skip)
@@ -125,7 +125,7 @@ class Locomotion:
             sound = np.isfinite(self.seen).all(axis=1)
             alive, self.ended = alive & sound, self.ended | ~(sound & (0.2 <= height) & (height <= 1))
         reward = np.where(alive, reward, 0)
-        return observations, reward.reshape(self.goals.shape), self.ended.reshape(self.goals.shape)
+        return observations, reward.reshape(self.goals.shape), self.ended.reshape(self.goals.shape).copy()
 
     def _advance(self, trajectories, steps):
         """So many physics steps of some of the trajectories -> the observations of all."""
@@ -168,7 +168,8 @@ class LogStd:
         self.shapes, self.view = {"log_std": (actions,)}, (actions,)
 
     def apply(self, x, w):
-        return anp.concatenate([x, anp.maximum(w, LOWEST)[..., None, :] + anp.zeros_like(x)], axis=-1)
+        w = anp.where(w <= LOWEST, LOWEST, w)  # anp.maximum has slope 1/2 at LOWEST
+        return anp.concatenate([x, w[..., None, :] + anp.zeros_like(x)], axis=-1)
 
     def forward(self, w, x):
         free, n = (w > LOWEST).astype(w.dtype), x.shape[-1]
@@ -298,6 +299,7 @@ def rollout(environment, policy, theta, rng):
 
 def discounted(x, discount):
     """y_t = x_t + discount y_{t+1}, 0 beyond the horizon; x [..., H] -> [..., H]."""
+    discount = float(discount)  # a NumPy scalar would promote
     y, total = np.zeros_like(x, np.result_type(x, discount)), 0
     for t in reversed(range(x.shape[-1])):
         y[..., t] = total = x[..., t] + discount * total
@@ -330,6 +332,7 @@ def advantages(rewards, values, mask, discount, lam):
     V is 0 after the last step, at the horizon too. Normalised over a task's steps to mean 0 and (population)
     standard deviation 1.
     """
+    discount, lam = float(discount), float(lam)
     following = np.concatenate([values[..., 1:], np.zeros_like(values[..., :1])], axis=-1)
     a = discounted((rewards + discount * following - values) * mask, discount * lam)
     steps = mask.sum(axis=(1, 2), keepdims=True)
@@ -435,7 +438,7 @@ def trust_region_step(theta, value, gradient, product, objective, max_kl, cg_ste
     step = sqrt(2 max_kl / xᵀAx) x with A x = gradient, A = product + damping I. value is the loss at theta,
     and objective(theta) -> loss, kl. Where no j < tries will do, theta stays and j = tries.
     """
-    x, residual = conjugate_gradient(lambda v: product(v) + damping * v, gradient, cg_steps)
+    x, residual = conjugate_gradient(lambda v: product(v) + float(damping) * v, gradient, cg_steps)
     if not np.isfinite(x).all():
         raise FloatingPointError("the natural gradient is not finite")
     step = np.sqrt(2 * max_kl / (x @ (gradient - residual) + 1e-8)).astype(x.dtype) * x
@@ -523,9 +526,12 @@ def drawn_goals(task, rng, count):
     """`count` tasks: positions in [-0.5, 0.5]², [count, 2], velocities in [0, 2] or [0, 3], or ±1 [count]."""
     if task == "navigation":
         return rng.uniform(-0.5, 0.5, (count, 2))
-    top = 2.0 if task.startswith("cheetah") else 3.0
+    body, _, kind = task.partition("-")
+    if body not in ("cheetah", "ant") or kind not in ("vel", "dir"):
+        raise ValueError(f"{task}; expected navigation, or cheetah or ant with -vel or -dir")
+    top = 2.0 if body == "cheetah" else 3.0
     draws = rng.uniform(0, top, count)
-    return draws if task.endswith("vel") else np.where(draws < top / 2, -1.0, 1.0)
+    return draws if kind == "vel" else np.where(draws < top / 2, -1.0, 1.0)
 
 
 def test_goals(task, count):

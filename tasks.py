@@ -66,8 +66,8 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
     come class by class. `rotate` turns each class of each task by its own uniform multiple of 90 degrees, the
     same for support and query (paper, section 5.2). ValueError for too few classes or images, other floats.
     """
-    if len(images.shape) != 5 or images.dtype != np.uint8 and images.dtype.kind != "f":
-        expected = "uint8 or floats, [classes, each, height, width, channels]"
+    if len(images.shape) != 5:
+        expected = "[classes, each, height, width, channels]"
         raise ValueError(f"images are {images.dtype} {images.shape}; expected {expected}")
     if min(tasks, ways, shots, query_shots) < 1:
         raise ValueError(f"{tasks=}, {ways=}, {shots=}, {query_shots=}; expected 1 or more of each")
@@ -82,8 +82,6 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
     drawn = rng.random((tasks, classes)).argsort()[:, :ways]  # so many different ones, in random order
     picked = rng.random((tasks, ways, each)).argsort()[..., : shots + query_shots]
     x = images[drawn[:, :, None], picked]  # [tasks, ways, shots + query_shots, h, w, c]
-    if x.dtype != np.uint8 and not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError("images of floats are not all in [0, 1]; divide them by 255, or pass uint8")
     if rotate:
         quarters = rng.integers(4, size=(tasks, ways))
         for k in (1, 2, 3):
@@ -106,7 +104,7 @@ def labelled(rng, images, tasks, count, outputs, dtype=np.float32):
 
 def nearest(support, query):
     """The label of each query image's nearest support image, by Euclidean distance: one-hot, as y."""
-    s, q = (x.reshape(*x.shape[:2], -1) for x, _ in (support, query))
+    s, q = (1.0 * x.reshape(*x.shape[:2], -1) for x, _ in (support, query))  # uint8 would overflow
     distance = (s * s).sum(axis=-1)[:, None] - 2 * q @ s.mT  # but for |q|², the same for all
     return np.take_along_axis(support[1], distance.argmin(axis=-1)[..., None], axis=1)
 
@@ -119,6 +117,8 @@ def _labelled(x, dtype):
 
 
 def _scaled(x, dtype):
+    if x.dtype != np.uint8 and not (x.dtype.kind == "f" and x.min() >= 0 and x.max() <= 1):
+        raise ValueError(f"images are {x.dtype}, not all in [0, 1]; expected uint8, or floats divided by 255")
     return np.divide(x, 255 if x.dtype == np.uint8 else 1, dtype=dtype, casting="same_kind", order="C")
 
 

@@ -645,8 +645,10 @@ def test_labelled_images_carry_their_class_and_so_does_the_nearest():
     assert np.array_equal(y[0].argmax(axis=-1), np.round(x.ravel() * 255 / 10).astype(int) // 3)
     assert len(np.unique(x)) == 12, "any image of a class"
     support = np.array([[[0.0, 0], [3, 0], [0, 3]]]), np.eye(3)[None]
-    found = tasks.nearest(support, (np.array([[[2.0, 0], [1, 2], [0.1, 0]]]), None))
-    assert found.argmax(axis=-1).tolist() == [[1, 2, 0]]
+    query = np.array([[[2.0, 0], [1, 2], [0.1, 0]]])
+    assert tasks.nearest(support, (query, None)).argmax(axis=-1).tolist() == [[1, 2, 0]]
+    support, query = (np.round(80 * x).astype(np.uint8) for x in (support[0], query))
+    assert tasks.nearest((support, np.eye(3)[None]), (query, None)).argmax(axis=-1).tolist() == [[1, 2, 0]]
 
 
 def test_a_large_mapped_file_does_not_stay_resident(tmp_path):
@@ -947,6 +949,9 @@ def test_wrong_shapes_dtypes_and_values_are_named():
         (lambda: p.loss(narrow, x, y), "float64.*float32"),
         (lambda: p.loss.grad(theta, x, y.astype(int)), "int64.*float64"),
         (lambda: p.loss.expand(theta, x, y)[2](p.v[:, 1:]), r"\(2, 12\).*\(2, 13\)"),
+        (lambda: p.loss.expand(theta, x, y)[2](*single(p.v)), "float32.*float64"),
+        (lambda: p.loss.grad(theta, x[:, :0], y[:, :0]), r"\(2, 0, 2\).*none 0"),
+        (lambda: nets.Network([nets.Dense(2, 2, ("w", "b"))] * 2, (2,), (2,)), "layers share a name: w, b"),
         (lambda: adapt(theta.astype(int), p.support, 0.1, 1), "int64"),
         (lambda: adapt(theta.tolist(), p.support, 0.1, 1), "theta is list"),
         (lambda: adapt(theta[None, None], p.support, 0.1, 1), r"\(1, 1, 13\).*\[P\] or \[tasks, P\]"),
@@ -967,13 +972,22 @@ def test_wrong_shapes_dtypes_and_values_are_named():
         (lambda: maml.meta_gradient(p.loss, *p.args, order=3), "order = 3; expected 1 or 2"),
         (lambda: maml.meta_gradient(p.loss, *p.args, order=0), "order = 0; expected 1 or 2"),
         (lambda: maml.meta_gradient_recomputed(p.loss, *p.args, kept=-1), "kept = -1"),
+        (lambda: maml.meta_gradient_recomputed(p.loss, *p.args, kept=1.0), "kept = 1.0"),
+        (lambda: maml.curve(wide, theta, (x, y), (x[:1], y[:1]), 0.1, 1, wide), "different numbers"),
+        (lambda: maml.curve(wide, theta, (x, y), (x, y), 0.1, -3, wide), "steps = -3"),
+        (lambda: maml.adam(maml.State.start(theta), narrow, 0.1), "float32.*expected float64"),
+        (lambda: maml.parcels(0), "tasks=0"),
+        (lambda: maml.parcels(3, 0), "parcel=0"),
         (lambda: nets.convnet((16, 8, 3), 2, pool=True), "16x16 pixels or more"),
         *[(partial(tasks.sinusoid, p.rng, *n), "=0.*1 or more") for n in ((0, 1, 1), (1, 0, 1), (1, 1, 0))],
         (lambda: tasks.labelled(p.rng, stamped(4), 1, 5, 3), "4 training classes.*3 outputs"),
         (lambda: few_shot(stamped()[:, :, :4], rotate=True), "square"),
-        (lambda: few_shot(stamped().astype(np.uint16)), "uint16.*expected uint8 or floats"),
-        (lambda: few_shot(stamped().astype(np.float32)), r"not all in \[0, 1\]; divide"),
-        (lambda: few_shot(stamped()[..., 0]), "expected .* .classes, each, height, width, channels"),
+        (lambda: few_shot(stamped().astype(np.uint16)), "uint16.*expected uint8, or floats"),
+        (lambda: few_shot(stamped().astype(np.float32)), r"not all in \[0, 1\]; expected .* divided by 255"),
+        (lambda: few_shot(stamped()[..., 0]), "expected .classes, each, height, width, channels"),
+        (lambda: tasks.labelled(p.rng, stamped().astype(np.int64), 1, 5, 30), "int64.*expected uint8"),
+        (lambda: rl.drawn_goals("walker", p.rng, 3), "walker; expected navigation, or"),
+        (lambda: rl.Navigation([0.1, 0.2, 0.3], 1), "cannot reshape"),
         *[(partial(few_shot, **{name: 0}), f"{name}=0.*; expected 1 or more") for name in asked],
     ]:
         with refused(message):
@@ -1947,6 +1961,10 @@ def test_log_std_has_a_floor_below_which_nothing_moves_it():
     g = p.policy.unflatten(p.loss.grad(theta, x, y))["log_std"]
     assert not g[:, 0].any() and g[:, 1].all()
     assert error(p.policy.forward(theta, x)[0], p.policy.apply(theta, x)) == 0
+    p.policy.unflatten(theta)["log_std"][0] = rl.LOWEST
+    for loss in (p.loss, hidden(p.loss)):
+        g = p.policy.unflatten(maml.gradient(loss, theta, x, y))["log_std"]
+        assert not g[:, 0].any() and g[:, 1].all()
 
 
 @settings(max_examples=10)
@@ -1998,6 +2016,7 @@ def test_returns_and_advantages_equal_plain_loops_with_early_ends(seed, discount
         plain = expected[i][mask[i] == 1]
         assert np.allclose(found[i][mask[i] == 1], (plain - plain.mean()) / (plain.std() + 1e-8), rtol=1e-6)
     assert not found[mask == 0].any() and rl.discounted(np.array([1, 1]), 0.5)[0] == 1.5
+    assert rl.advantages(*single(rewards, values, mask), np.float64(discount), lam).dtype == np.float32
 
 
 @given(st.integers(0, 10**6))
@@ -2088,7 +2107,11 @@ def test_a_policy_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(fold
 
 def test_navigation_steps_by_hand():
     environment = rl.Navigation([[0.1, 0.05], [0.5, -0.5]], 1)
-    assert not environment.reset(np.random.default_rng(0)).any()
+    seen = environment.reset(np.random.default_rng(0))
+    seen += 1
+    assert not environment.position.any(), "what is seen is a copy"
+    with refused("cannot reshape"):
+        environment.step(np.zeros((2, 1, 1)))
     observation, reward, done = environment.step(np.array([[[5.0, 0.0]], [[-0.5, -0.5]]]))
     assert np.allclose(observation[:, 0], [[0.1, 0], [-0.05, -0.05]])
     assert np.allclose(reward[:, 0], [-0.05, -np.hypot(0.55, 0.45)]) and not done.any()
