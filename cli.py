@@ -68,7 +68,6 @@ def number(kind, low, high, name):
 
 count = number(int, 1, 2**31 - 1, "count (1 to 2147483647)")
 several = number(int, 2, 2**31 - 1, "count (2 to 2147483647)")
-some = number(int, 1, 1024, "count (1 to 1024)")
 whole = number(int, 0, np.inf, "whole number (0 or more)")
 rate = number(float, 0, sys.float_info.max, "rate (finite, 0 or more)")
 
@@ -167,6 +166,7 @@ def parser_of(module, what, first_order, workers):
             kind["nargs"] = "+"
         home = groups.get(row.name, parser)
         home.add_argument(row.flag, help=f"{row.meaning} (default: {row.shown()})", **kind)
+    some = number(int, 1, 1024, "count (1 to 1024)")
     who.add_argument("--workers", type=some, metavar="N", help=f"processes that {workers}")
     text = "Dask scheduler whose workers do that, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])"
     who.add_argument("--scheduler", type=nonempty, metavar="ADDRESS", help=text)

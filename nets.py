@@ -47,7 +47,7 @@ class Network:
         self.parts = [(slice(i, j), layer.view) for i, j, layer in zip([0, *stops], stops, layers)]
         self.size = stops[-1]
         if sum(map(math.prod, self.shapes.values())) != self.size:
-            raise ValueError(f"layers share a name: {', '.join(self.shapes)} are not all; give each its own")
+            raise ValueError(f"layers share a name among {', '.join(self.shapes)}; give each its own")
 
     def init(self, rng, dtype=np.float32):
         """theta [P] at the start of training: weights as their layer draws them, vectors zero."""
@@ -546,7 +546,7 @@ class FirstBlock:
     """BatchNorm of Conv of the data, as one layer: no pass over the convolution's output, the largest array.
 
     The patches a do not depend on theta, so that their mean and covariance C determine what batch norm does.
-    With a centred, and a column of ones for beta as in `Dense`, a·b the sum down a column, and w̃ = w / s,
+    With a centred, and a column of ones for beta as in `Dense`, x·y = Σ x y down a column, and w̃ = w / s,
 
         s = sqrt(w·Cw + 0.001)        out = a w̃ + beta         G = aᵀu          q = G·w̃
         dL/dw = (G - q C w̃) / s       dL/dbeta = 1ᵀu

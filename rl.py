@@ -44,7 +44,9 @@ class Navigation:
     horizon, actions = 100, 2
 
     def __init__(self, goals, trajectories, oracle=False):
-        self.goals = np.repeat(np.asarray(goals, float).reshape(-1, 1, 2), trajectories, axis=1)
+        if np.shape(goals) != (len(goals), 2):
+            raise ValueError(f"goals have shape {np.shape(goals)}; expected [tasks, 2]")
+        self.goals = np.repeat(np.asarray(goals, float)[:, None], trajectories, axis=1)
         self.oracle = oracle
 
     def reset(self, rng):
@@ -52,7 +54,9 @@ class Navigation:
         return self.observe()
 
     def step(self, actions):
-        self.position = self.position + np.clip(0.1 * actions, -0.1, 0.1).reshape(self.position.shape)
+        if actions.shape != self.position.shape:
+            raise ValueError(f"actions have shape {actions.shape}; expected {self.position.shape}")
+        self.position = self.position + np.clip(0.1 * actions, -0.1, 0.1)
         offset = self.position - self.goals
         return self.observe(), -np.hypot(*np.moveaxis(offset, -1, 0)), (np.abs(offset) < 0.01).all(axis=-1)
 
@@ -84,7 +88,7 @@ class Locomotion:
             raise ValueError(f"{name}; expected one of {', '.join(TASKS[1:])}")
         body, self.kind = name.split("-")
         self.ant, self.oracle, self.frame_skip = body == "ant", oracle, frame_skip
-        self.goals = np.repeat(np.asarray(goals, float).reshape(-1, 1), trajectories, axis=1)
+        self.goals = np.repeat(np.asarray(goals, float)[:, None], trajectories, axis=1)
         mujoco, self.model = _mujoco("ant.xml" if self.ant else "half_cheetah.xml")
         # MuJoCo would put a state that is not finite back to the start, and the ant never be done for it.
         self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
@@ -113,7 +117,9 @@ class Locomotion:
         return self._advance(range(count), 0)
 
     def step(self, actions):
-        a = np.clip(actions.reshape(len(self.states), self.actions), -1, 1).astype(float)
+        if actions.shape != (shape := (*self.goals.shape, self.actions)):
+            raise ValueError(f"actions have shape {actions.shape}; expected {shape}")
+        a = np.clip(actions.reshape(len(self.states), -1), -1, 1).astype(float)
         self.states[:, -self.actions :] = a
         alive = ~self.ended
         observations = self._advance(np.flatnonzero(alive).tolist(), self.frame_skip)
@@ -712,9 +718,7 @@ def plot(models, curves, log):
 
 
 def behaviour(experiment, learned, goals, steps):
-    """Episodes of these tasks after so many gradient steps each, whose rates are those that the table has by
-    default: [(name, colour, Episodes)].
-    """
+    """[(name, colour, Episodes)] of these tasks after so many gradient steps at the table's default rates."""
     rates = experiment.rates(max(steps), experiment.table_defaults["eval_shrink"])
     given = learned, experiment.settings["trajectories"], rates, goals, experiment.stream("test"), map
     (along,) = experiment.spread(adaptation, *given)
