@@ -377,7 +377,7 @@ def guarded(name, function):
     except BrokenExecutor:
         code, text = 1, "a worker was lost"
     except MemoryError as error:
-        sizes = "--meta-batch, --shots, --trajectories or --eval-tasks"
+        sizes = "--meta-batch, --shots, --trajectories, --horizon, --hidden or --eval-tasks"
         code, text = 1, f"out of memory; lower {sizes} ({error})"
     except KeyboardInterrupt as error:
         code, text = 130, str(error) or "interrupted"
@@ -627,6 +627,10 @@ def threads():
 def processes():
     """map on a process for each core, where there are several: threads would wait for Python's lock."""
     return partial(pool_map, process_pool(cores())) if cores() > 1 else map
+
+
+for pool in (threads, processes):  # of which a forked process has neither threads nor processes
+    os.register_at_fork(after_in_child=pool.cache_clear)
 
 
 def process_pool(workers):

@@ -2,8 +2,8 @@
 """MAML for reinforcement learning (section 5.3 of the paper): policy gradients inside, TRPO outside.
 
 Axes: T tasks, B trajectories a task, H steps a trajectory, d numbers an observation, a numbers an action,
-P parameters. Where the order of steps does not matter, [T, n, ...] has n = B·H of them. A trajectory
-that ends early is padded with steps whose mask is 0; no mean counts them.
+P parameters. Where the order of steps does not matter, [T, n, ...] has n of them. A trajectory that
+ends early is padded with steps whose mask is 0; `adaptation` leaves them out, and no mean counts them.
 
 Inside, theta'_i = theta - alpha ∇L_i(theta), L_i = -mean over steps of log pi_theta(a | s) A, whose
 gradient estimates that of eq. (4), differentiated as it stands. Outside, with J_i = dtheta'_i / dtheta, a
@@ -84,8 +84,8 @@ class Locomotion:
     horizon = 200
 
     def __init__(self, name, goals, trajectories, oracle=False, frame_skip=1):
-        if name not in TASKS[1:]:
-            raise ValueError(f"{name}; expected one of {', '.join(TASKS[1:])}")
+        if name not in TASKS[1:] or np.ndim(goals) != 1:
+            raise ValueError(f"{name}, goals {np.shape(goals)}; expected one of {TASKS[1:]}, goals [tasks]")
         body, self.kind = name.split("-")
         self.ant, self.oracle, self.frame_skip = body == "ant", oracle, frame_skip
         self.goals = np.repeat(np.asarray(goals, float)[:, None], trajectories, axis=1)
@@ -366,7 +366,7 @@ def surrogate(policy, loss, alpha, theta, supports, query, old):
     old are the outputs of the adapted old policies for the query's x.
     """
     for support in supports:
-        theta = theta - alpha * maml.gradient(loss, theta, *support)
+        theta = theta - float(alpha) * maml.gradient(loss, theta, *support)
     x, y = query
     action, weight = _halves(y)
     new = policy.apply(theta, x)
@@ -395,12 +395,12 @@ def outer_problem(loss, alpha, order, theta, batches, map=map):
 def task_problem(loss, alpha, order, theta, batches):
     """`outer_problem` of one task, or of T at once, as a mean over them.
 
-    batches are the (x, y) of each inner step, [T, n, ...], and those of the adapted policy's steps. With
+    batches are the (x, y) of each inner step, [T, n, ...], and of the adapted policy's, no step padding. With
     J u = (I - alpha H_{S-1}) ... (I - alpha H_0) u, or u where order is 1,
 
         loss = `surrogate`'s, ratio 1    gradient = Jᵀ ∇L(theta'; query)    F v = Jᵀ (Fisher at theta') J v.
     """
-    *supports, (x, y) = batches
+    alpha, (*supports, (x, y)) = float(alpha), batches  # a NumPy scalar would promote
     adapted, hessians = maml.unroll(loss, theta, supports, alpha)
     hessians = hessians if order == 2 else []
     out, backward = loss.network.forward(adapted, x)
@@ -561,7 +561,7 @@ def adaptation(settings, loss, theta, trajectories, rates, goals, seeds):
         yield episodes, batches
         if alpha is not None:
             slopes = cli.threads()(loss.grad, theta[:, None], *zip(*batches))
-            theta = theta - alpha * np.concatenate([*slopes])
+            theta = theta - float(alpha) * np.concatenate([*slopes])
 
 
 def experience(*given):
@@ -730,9 +730,10 @@ def plot_paths(canvas, experiment, learned, name):
     """Paths of navigation's point to three test goals, two of each."""
     goals, grid = test_goals("navigation", 3), canvas.subplots(1, 3, sharey=True)
     for when, color, episodes in behaviour(experiment, learned, goals, SHOWN):
-        for axes, observations, mask in zip(grid, episodes.observations, episodes.mask):
-            for path, taken in zip(observations[:2], mask):
-                axes.plot(*path[taken > 0, :2].T, color=color, lw=1.3, label=when)
+        moved = episodes.observations[..., :2] + np.clip(0.1 * episodes.actions, -0.1, 0.1)
+        for axes, paths, mask in zip(grid, moved, episodes.mask):
+            for path, taken in zip(paths[:2], mask):
+                axes.plot(*np.vstack([[0, 0], path[taken > 0]]).T, color=color, lw=1.3, label=when)
     for axes, goal in zip(grid, goals):
         axes.plot(0, 0, "ko", ms=6, label="start")
         axes.plot(*goal, "*", color="#d55e00", mec="white", ms=15, label="goal")

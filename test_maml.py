@@ -11,6 +11,7 @@ import csv
 import dis
 import inspect
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -397,6 +398,10 @@ def test_adam_is_its_equation():
         assert error(state.theta, theta) < 1e-14 and state.iteration == t
 
 
+def threaded(number):
+    return [*cli.threads()(abs, [number])]
+
+
 def test_parcels_are_a_mean_of_a_seed_and_a_count_each_and_the_same_bits_on_any_executor():
     sample = partial(tasks.sinusoid, shots=5, query_shots=6, dtype=np.float64)
 
@@ -412,6 +417,10 @@ def test_parcels_are_a_mean_of_a_seed_and_a_count_each_and_the_same_bits_on_any_
     assert all(error(a, b) < 1e-12 for a, b in zip(found(3), means(*joined)))
     with ThreadPoolExecutor(2) as pool:
         assert all(map(np.array_equal, found(3), found(3, pool.map)))
+    assert [*cli.threads()(abs, [-1])] == [1]
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        answer = pool.apply_async(threaded, [-2])
+        assert answer.get(timeout=20) == [2], "a forked worker makes threads of its own"
     whole = means(*sample(np.random.default_rng(1), 7))
     assert all(map(np.array_equal, found(None), whole)) and all(map(np.array_equal, found(7), whole))
 
@@ -1360,6 +1369,19 @@ def test_a_picture_names_its_models_whatever_their_files_are_called(glyphs, file
         assert ("diverged" in said) == (kind == "glyphs")
 
 
+def test_a_path_is_drawn_to_its_end(monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    monkeypatch.setattr(rl, "test_goals", lambda task, count: np.array([[0.2, 0.1], [0.4, 0.2], [0.1, 0.05]]))
+    experiment, canvas = rl_experiment("navigation", "--baseline oracle"), cli.canvas_of(9, 3)
+    theta = np.zeros(experiment.policy.size)
+    experiment.policy.unflatten(theta)["log_std"][:] = -30
+    experiment.policy.unflatten(theta)["b3"][:] = [1, 0.5]
+    rl.plot_paths(canvas, experiment, theta, "oracle")
+    for axes, goal in zip(canvas.axes, rl.test_goals("navigation", 3)):
+        path = axes.lines[0].get_xydata()
+        assert not path[0].any() and np.allclose(path[-1], goal, atol=1e-4)
+
+
 def test_scripts_of_assets_draw_pictures(folder, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     from assets import curves, idea
@@ -1372,6 +1394,9 @@ def test_scripts_of_assets_draw_pictures(folder, monkeypatch):
     assert curves.published(HERE / "assets/weights/cheetah-dir.npz") == ("293.2", 1, "return")
     given = curves.published(HERE / "assets/weights/omniglot-5way-1shot.npz")
     assert given == ("98.7 ± 0.4", 100, "accuracy in %")
+    assert curves.published(HERE / "assets/weights/sinusoid.npz")[0] == "", "of K = 5, and training has 10"
+    shutil.copy(HERE / "assets/weights/cheetah-dir.npz", "a.npz")
+    curves.main("assets/curves.png", "a.csv")
     assert sorted(os.listdir("assets")) == ["curves.png", "idea.png"]
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in Path("assets").iterdir())
     Path("torn.csv").write_text("iteration,loss,before,after\n500,1,2\n")
@@ -2055,7 +2080,7 @@ def test_adaptation_takes_turns_between_trajectories_and_steps_and_leaves_what_f
     experiment.policy.unflatten(theta)["log_std"][:] = -3
     experiment.policy.unflatten(theta)["b3"][:] = [1, 0.5]
     goals, rates, seeds = np.array([[0.2, 0.1], [0.4, -0.4]]), [0.5, 0.25], [3, 4, 5]
-    given = experiment.settings, experiment.loss, theta, 3, rates, goals, seeds
+    given = experiment.settings, experiment.loss, theta, 3, np.array(rates), goals, seeds
     (returns, batches), along = rl.experience(*given), rl.returns_along(*given)
     for step, (seed, rate) in enumerate(zip(seeds, [*rates, 0])):
         environment, rng = rl.Navigation(goals, 3), np.random.default_rng(seed)
@@ -2067,6 +2092,9 @@ def test_adaptation_takes_turns_between_trajectories_and_steps_and_leaves_what_f
                 assert error(found, padded[[i]][:, taken]) < 1e-12
         theta = theta - rate * experiment.loss.grad(theta, *data)
     assert batches[0][0][0].shape[1] < 300 == batches[1][0][0].shape[1]
+    _, batches = rl.experience(*given[:2], *single(given[2]), *given[3:])
+    problem = rl.outer_problem(experiment.loss, np.float64(0.5), 2, *single(given[2]), batches)
+    assert {array.dtype for array in (problem[1], *problem[3](*single(theta[0])))} == {np.dtype("f4")}
 
 
 def test_goals_are_drawn_over_their_whole_range_and_tests_are_the_authors():
@@ -2261,6 +2289,8 @@ def test_the_readmes_figures_are_those_of_the_weights_and_tables(folder):
         Path(name).write_text("\n".join([*some, ""]).replace(old, new))
         with pytest.raises(cli.Unusable, match=reason):
             assets.tables.joined(parts)
+    with pytest.raises(cli.Unusable, match="one shape"):
+        assets.tables.joined([*parts][:-1])
 
 
 def test_readme_commands_are_understood():

@@ -20,7 +20,7 @@ def plot_curves(canvas, logs):
     for axes, log in zip(grid, map(Path, logs)):
         name = log.stem.removesuffix("-log")
         try:
-            figure, scale, metric = published(log.with_name(f"{name}.npz"))
+            figure, scale, metric = published(log.with_name(f"{name}.npz"), log)
             maml.learning(axes, log, scale)
         except (OSError, ValueError, LookupError, TypeError, cli.Unusable) as error:
             reason = tasks.one_line(error)
@@ -35,12 +35,13 @@ def plot_curves(canvas, logs):
         axes.set_axis_off()
 
 
-def published(weights):
+def published(weights, log=None):
     """A model's published figure as a text, after one step where there are several; its scale and metric."""
-    if not (weights.exists() and weights.with_suffix(".csv").exists()):
+    results = weights.with_suffix(".csv")
+    if not (weights.exists() and results.exists()) or results == log:
         return None, 1, ""
-    _, _, experiment, _, shots = tables.loaded(weights)
-    figures = experiment.published(shots)
+    settings, _, experiment, _, shots = tables.loaded(weights)
+    figures = experiment.published(settings.get("shots", shots))
     metric = experiment.metric_name + " in %" * (experiment.scale == 100)
     return figures.get(1) or "".join([*figures.values()][-1:]), experiment.scale, metric
 

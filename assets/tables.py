@@ -82,7 +82,8 @@ def joined(paths):
         method, _, seed = path.stem.rpartition("-")
         tables[method, seed] = [f"{seed},{line}" for line in lines if line.startswith(f"sinusoid,{method},")]
     sizes = {*map(len, tables.values())}
-    if {method for method, _ in tables} != set(methods) or 0 in sizes or max(len(sizes), len(heads)) > 1:
+    every = {(method, seed) for method in methods for _, seed in tables}
+    if tables.keys() != every or 0 in sizes or max(len(sizes), len(heads)) > 1:
         raise cli.Unusable(f"name METHOD-SEED.csv files of {', '.join(methods)}, all with one shape of table")
     order = sorted(tables, key=lambda key: (methods.index(key[0]), key[1]))
     return "\n".join([f"seed,{head}", *(line for key in order for line in tables[key]), ""])
