@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What the commands maml.py and rl.py share: settings, files, a run, workers, the report.
 
-It knows no algorithm. What it runs is an experiment, whose contract `maml.Experiment` states; what the
-module of a command must have, `main` states.
+It knows algorithms by name alone. What it runs is an experiment, whose contract `maml.Experiment` states;
+what the module of a command must have, `main` states.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -174,7 +173,7 @@ def parser_of(module, what, first_order, workers):
     saved, logged = experiment.save_every, experiment.log_every
     files = {
         "save": f"checkpoint, at least every {saved} meta-iterations, on Ctrl-C and at the end",
-        "resume": "go on from this checkpoint, bit for bit as an unbroken run; saves to it, or to --save",
+        "resume": "go on, with the same --data bit for bit as an unbroken run; saves here, or to --save",
         "log": f"learning curve, every {logged} meta-iterations: {', '.join(experiment.columns)}",
         "results": "the final table, as CSV",
         "plot": "picture of some test tasks, and the curve against gradient steps (needs matplotlib)",
@@ -212,7 +211,7 @@ def lines_of(rows):
 
 
 def check_outputs(args, columns):
-    """Unusable where the run could not write a file, or would replace one that is not its own."""
+    """Unusable where the run could not write a file, or would replace one not its own (but for a picture)."""
     ours = {"log": (",".join(["iteration", *columns]), not args.resume), "results": ("task,method,", False)}
     own, save = ("save", args.save) if args.save else ("resume", args.resume)
     files = [(own, save), (own, save and best_of(save))]
@@ -324,7 +323,10 @@ def words_of(settings, module):
     """The words of a command line that has these settings."""
     kind = "baseline" if settings["method"] in module.BASELINES else "method"
     flags = {kind if key == "method" else key.replace("_", "-"): value for key, value in settings.items()}
-    return [f"--{flag}={value}" for flag, value in flags.items()]
+    words = []
+    for flag, value in flags.items():
+        words += [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}={value}"]
+    return words
 
 
 def begin_log(path, columns, iteration, every):
@@ -463,7 +465,7 @@ def meta_train(experiment, state, best, rng, args, module):
         begin_log(args.log, experiment.columns, state.iteration, experiment.log_every)
     progress = Progress(state.iteration, iterations, experiment.watched, experiment.smoothed)
     with interruptible(module) as asked, hinting(module, save), progress:
-        if save:  # at once, so that no other run takes this name
+        if save:  # at once, so that a run begun later finds this name taken
             save_checkpoint(save, experiment.settings, state, best, rng)
             if best.score > -np.inf:
                 save_weights(best_of(save), experiment.settings, best.theta, best.iteration)
@@ -551,6 +553,9 @@ def iterations_of(settings):
 def interruptible(module):
     """An event that Ctrl-C sets; the second one interrupts as ever."""
     asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no handler
+        yield asked
+        return
 
     def ask(*_):
         asked.set()
@@ -584,7 +589,8 @@ class Progress(AbstractContextManager):
         left = datetime.timedelta(seconds=round((self.of - done) / speed))
         line = f"{done}/{self.of}  {self.watched} {self.smooth:.3f}  {pace}  {left} left  {self.text}"
         if self.terminal:
-            tell(f"\r{line[: shutil.get_terminal_size().columns - 1]}\033[K", end="")
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            tell(f"\r{line[: columns - 1]}\033[K", end="")
         else:
             tell(line)
 
@@ -626,7 +632,9 @@ def threads():
 @cache
 def processes():
     """map on a process for each core, where there are several: threads would wait for Python's lock."""
-    return partial(pool_map, process_pool(cores())) if cores() > 1 else map
+    with suppress(OSError, NotImplementedError):  # without semaphores, as where /dev/shm is not writable
+        return partial(pool_map, process_pool(cores())) if cores() > 1 else map
+    return map
 
 
 for pool in (threads, processes):  # of which a forked process has neither threads nor processes

@@ -464,7 +464,7 @@ class Experiment:
 
     def open(self, data, asked):
         if data:
-            raise Unusable("--data is for images, and --task sinusoid has none; leave one of them out")
+            raise Unusable(f"--data is for images, and --task {self.settings['task']} has none; leave it out")
 
     def sample(self, purpose, shots, query=EVAL_QUERY):
         """sample(rng, tasks) -> support, query, of tasks for a purpose; a test task's queries by default."""
@@ -509,7 +509,8 @@ class Experiment:
         values = self.curve(state.theta, "validation", self.validation_tasks, s["shots"], s["steps"])[[0, -1]]
         before, after = np.where(np.isfinite(values), values, self.worst).mean(axis=1)
         text = f"validation {self.metric_name} {before:.3f} before, {after:.3f} after adaptation"
-        return (loss, before, after), text, after if self.keeps_best else None
+        score = after if self.worst < np.inf else -after  # of an error, which is inf at worst
+        return (loss, before, after), text, score if self.keeps_best else None
 
     def inner_rate(self):
         """alpha, or an array [P]: zero on batch norm's shifts, and for ANIL on all but the last layer."""
@@ -678,7 +679,7 @@ def classify(models, args):
     lines = []
     for (experiment, learned), name in zip(models, cli.names_of(models, args)):
         s, network = experiment.settings, experiment.network
-        if s["task"] == "sinusoid" or s["method"] == "nearest":
+        if experiment.picture != "images" or s["method"] == "nearest":
             raise Unusable(f"--adapt is for networks of images, not {s['task']}, {s['method']}")
         try:
             classes, support, files, x = tasks.load_own(args.adapt, experiment.shape, np.dtype(s["dtype"]))

@@ -4,9 +4,8 @@
 Axes: T tasks, n examples of one task, P parameters. Data is x [T, n, ...]; theta is [P], shared by
 all tasks, or [T, P]. The dtype of theta, float32 or float64, is the dtype of everything.
 
-Everything is written twice. `apply` and `value` are the definition, on autograd.numpy. `forward`
-and `expand` are its closed form in plain NumPy: a chain of four passes, each returning its result
-and the next pass, a closure over what has been computed so far. For a layer out = f(w, x) they are
+Everything is written twice: `apply` and `value` are the definition, on autograd.numpy, `forward` and `expand`
+the closed form, in NumPy: four passes, each returning its result and the next one. For a layer out = f(w, x)
 
     out, backward   = forward(w, x)
     below, tangent  = backward(u, g)     u = dL/d out;  below = dL/d x, and dL/d w is written into g
@@ -14,7 +13,8 @@ and the next pass, a closure over what has been computed so far. For a layer out
     d_below         = finish(du, h)      the change of below, and that of dL/d w is written into h
 
 What the last pass writes, for v in parameter space, is the Hessian-vector product H v: forward over
-reverse, at the cost of two gradients and with no pass repeated. A pass may overwrite its u, dx or du.
+reverse, at the cost of two gradients and with no pass repeated. w is [*view], shared, or [T, *view], like h,
+without T a sum over tasks; g, v are [T, *view]. A pass may overwrite dx and du, and set numbers of u to 0.
 """
 
 import itertools
@@ -60,6 +60,9 @@ class Network:
 
     def flatten(self, arrays):
         """{name: array [*shape]} -> theta [P], the inverse of `unflatten`."""
+        found = {name: arrays[name].shape for name in self.shapes}
+        if found != self.shapes:
+            raise ValueError(f"the arrays have shapes {found}; expected {self.shapes}")
         return np.concatenate([arrays[name].ravel() for name in self.shapes])
 
     def unflatten(self, theta):
@@ -254,10 +257,7 @@ class Dense:
 def _linear(out, times, transposed):
     """The four passes of a layer out = M x with no parameters: M, Mᵀ, M and Mᵀ again."""
 
-    def tangent(_, dx):
-        return times(dx), lambda du, _: transposed(du)
-
-    return out, lambda u, _: (transposed(u), tangent)
+    return out, lambda u, _: (transposed(u), lambda _, dx: (times(dx), lambda du, _: transposed(du)))
 
 
 class _Fixed:
