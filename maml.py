@@ -76,7 +76,7 @@ def meta_gradient(loss, theta, support, query, alpha, steps, order=2):
     total = v.sum(axis=0)
     if trail:  # theta_0 is shared by all tasks, so the sum of its products will do
         total -= trail[0](alpha * v, total=True)
-    return value.mean(), total / len(v)
+    return value.sum() / len(v), total / len(v)
 
 
 def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
