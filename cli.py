@@ -579,7 +579,7 @@ class Progress(AbstractContextManager):
 
     def show(self, done, outcome):
         """`outcome`, or its second number, is shown as a mean, over some `smoothed` at most."""
-        value, now = np.ravel(outcome)[:2][-1], time.monotonic()
+        value, now = outcome[1] if isinstance(outcome, tuple) else outcome, time.monotonic()
         self.smooth += (value - self.smooth) / min(done - self.first, self.smoothed)
         if done < self.of and now - (self.shown or self.began) < (0.2 if self.terminal else 10):
             return
