@@ -404,6 +404,7 @@ def threaded(number):
     return [*cli.threads()(abs, [number])]
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # which is what is tested
 def test_parcels_are_a_mean_of_a_seed_and_a_count_each_and_the_same_bits_on_any_executor():
     sample = partial(tasks.sinusoid, shots=5, query_shots=6, dtype=np.float64)
 
