@@ -162,7 +162,7 @@ def parser_of(module, what, first_order, workers):
         if isinstance(row.kind, tuple):
             kind = {"type": type(row.kind[0]), "choices": row.kind}
         if any(isinstance(value, tuple) for value in row.defaults.values()):
-            kind["nargs"] = "+"
+            kind |= {"nargs": "+", "action": "extend"}
         home = groups.get(row.name, parser)
         home.add_argument(row.flag, help=f"{row.meaning} (default: {row.shown()})", **kind)
     some = number(int, 1, 1024, "count (1 to 1024)")
@@ -323,10 +323,7 @@ def words_of(settings, module):
     """The words of a command line that has these settings."""
     kind = "baseline" if settings["method"] in module.BASELINES else "method"
     flags = {kind if key == "method" else key.replace("_", "-"): value for key, value in settings.items()}
-    words = []
-    for flag, value in flags.items():
-        words += [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}={value}"]
-    return words
+    return [f"--{flag}={each}" for flag, value in flags.items() for each in np.atleast_1d(value)]
 
 
 def begin_log(path, columns, iteration, every):
@@ -637,8 +634,8 @@ def processes():
     return map
 
 
-for pool in (threads, processes):  # of which a forked process has neither threads nor processes
-    os.register_at_fork(after_in_child=pool.cache_clear)
+os.register_at_fork(after_in_child=threads.cache_clear)  # a forked process has neither these threads
+os.register_at_fork(after_in_child=processes.cache_clear)  # nor these processes
 
 
 def process_pool(workers):

@@ -5,7 +5,7 @@ Axes: T tasks, n examples of one task, P parameters. Data is x [T, n, ...]; thet
 all tasks, or [T, P]. The dtype of theta, float32 or float64, is the dtype of everything.
 
 Everything is written twice: `apply` and `value` are the definition, on autograd.numpy, `forward` and `expand`
-the closed form, in NumPy: four passes, each returning its result and the next one. For a layer out = f(w, x)
+the closed form, in NumPy: four passes, each returning its result and the next one. For a layer out = f(w, x):
 
     out, backward   = forward(w, x)
     below, tangent  = backward(u, g)     u = dL/d out;  below = dL/d x, and dL/d w is written into g
@@ -13,8 +13,9 @@ the closed form, in NumPy: four passes, each returning its result and the next o
     d_below         = finish(du, h)      the change of below, and that of dL/d w is written into h
 
 What the last pass writes, for v in parameter space, is the Hessian-vector product H v: forward over
-reverse, at the cost of two gradients and with no pass repeated. w is [*view], shared, or [T, *view], like h,
-without T a sum over tasks; g, v are [T, *view]. A pass may overwrite dx and du, and set numbers of u to 0.
+reverse, at the cost of two gradients and with no pass repeated. w is [*view], shared, or [T, *view]; g and v
+are [T, *view], and so is h, or [*view], a sum over tasks. A pass may overwrite its dx and du, but in its u,
+which the layer above may read again, only set numbers to 0.
 """
 
 import itertools
@@ -256,7 +257,6 @@ class Dense:
 
 def _linear(out, times, transposed):
     """The four passes of a layer out = M x with no parameters: M, Mᵀ, M and Mᵀ again."""
-
     return out, lambda u, _: (transposed(u), lambda _, dx: (times(dx), lambda du, _: transposed(du)))
 
 

@@ -288,15 +288,16 @@ def rollout(environment, policy, theta, rng):
     episodes = Episodes(*(np.zeros(shape + each, theta.dtype) for each in numbers))
     alive = np.ones(shape[:2], bool)
     for t in range(environment.horizon):
+        episodes.observations[:, :, t] = observation  # also what the last action of a trajectory led to
+        if not alive.any():
+            break
         mean, log_std = _halves(policy.forward(theta, observation)[0])
         action = mean + np.exp(log_std) * rng.standard_normal(mean.shape, theta.dtype)
-        episodes.observations[:, :, t], episodes.actions[:, :, t] = observation, action
+        episodes.actions[:, :, t] = action
         observation, reward, done = environment.step(action)
         observation = observation.astype(theta.dtype)
         episodes.rewards[:, :, t], episodes.mask[:, :, t] = np.where(alive, reward, 0), alive
         alive &= ~done
-        if not alive.any():
-            break
     return episodes
 
 
@@ -366,7 +367,7 @@ def surrogate(policy, loss, alpha, theta, supports, query, old):
     old are the outputs of the adapted old policies for the query's x.
     """
     for support in supports:
-        theta = theta - float(alpha) * maml.gradient(loss, theta, *support)
+        theta = theta - alpha * maml.gradient(loss, theta, *support)
     x, y = query
     action, weight = _halves(y)
     new = policy.apply(theta, x)
@@ -730,10 +731,9 @@ def plot_paths(canvas, experiment, learned, name):
     """Paths of navigation's point to three test goals, two of each."""
     goals, grid = test_goals("navigation", 3), canvas.subplots(1, 3, sharey=True)
     for when, color, episodes in behaviour(experiment, learned, goals, SHOWN):
-        moved = episodes.observations[..., :2] + np.clip(0.1 * episodes.actions, -0.1, 0.1)
-        for axes, paths, mask in zip(grid, moved, episodes.mask):
-            for path, taken in zip(paths[:2], mask):
-                axes.plot(*np.vstack([[0, 0], path[taken > 0]]).T, color=color, lw=1.3, label=when)
+        for axes, observations, mask in zip(grid, episodes.observations, episodes.mask):
+            for path, taken in zip(observations[:2], mask):
+                axes.plot(*path[: int(taken.sum()) + 1, :2].T, color=color, lw=1.3, label=when)
     for axes, goal in zip(grid, goals):
         axes.plot(0, 0, "ko", ms=6, label="start")
         axes.plot(*goal, "*", color="#d55e00", mec="white", ms=15, label="goal")

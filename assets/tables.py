@@ -84,7 +84,8 @@ def joined(paths):
     sizes = {*map(len, tables.values())}
     every = {(method, seed) for method in methods for _, seed in tables}
     if tables.keys() != every or 0 in sizes or max(len(sizes), len(heads)) > 1:
-        raise cli.Unusable(f"name METHOD-SEED.csv files of {', '.join(methods)}, all with one shape of table")
+        files = f"METHOD-SEED.csv files of {', '.join(methods)}"
+        raise cli.Unusable(f"name {files}, all of the same seeds and with one shape of table")
     order = sorted(tables, key=lambda key: (methods.index(key[0]), key[1]))
     return "\n".join([f"seed,{head}", *(line for key in order for line in tables[key]), ""])
 
