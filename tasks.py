@@ -374,9 +374,9 @@ def _photo(shape, file):
         with Image.open(file, formats=("JPEG", "PNG")) as image:
             if image.width * image.height > 1 << 25:
                 raise ValueError(f"{image.width}x{image.height} pixels, and 2^25 are the most")
+            image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey, which conversion would cut off at 255
                 image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
-            image = ImageOps.exif_transpose(image)
             if "A" in image.getbands() or "transparency" in image.info:
                 paper = Image.new("RGBA", image.size, "white")
                 paper.alpha_composite(image.convert("RGBA"))

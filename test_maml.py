@@ -821,7 +821,8 @@ def test_photographs_of_any_mode_become_rgb_and_keep_their_greys(tmp_path):
         for mode in ("L", "P", "RGBA", "1", "LA"):
             image.new(mode, (9, 9)).save(tmp_path / split / f"{mode}.png")
         image.new("CMYK", (9, 9)).save(tmp_path / split / "cmyk.jpg")
-        image.fromarray(grey).save(tmp_path / split / "0.png")
+        (exif := image.Exif())[0x0112] = 6  # stored lying, shown upright
+        image.fromarray(np.rot90(grey)).save(tmp_path / split / "0.png", exif=exif)
     found = tasks.load_miniimagenet(tmp_path)["val"]
     assert found.shape == (1, 7, 84, 84, 3) and (found[0, 0] == (grey >> 8)[..., None]).all()
 
