@@ -230,9 +230,8 @@ def _characters(parts):
 
 def area_weights(size, to):
     """Area averaging of `size` pixels to fewer, as a matrix [to, size]: W @ image @ W.T shrinks an image."""
-    edges, pixel = np.arange(to + 1) * size / to, np.arange(size)
-    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-    return (np.maximum(overlap, 0) * to / size).astype(np.float32)
+    cells = np.eye(to).repeat(size, axis=1)  # a new pixel has `size` of them, an old one `to`
+    return (cells.reshape(to, size, to).sum(axis=2) / size).astype(np.float32)
 
 
 def _ink(name, opener):
