@@ -240,13 +240,13 @@ def check_writable(flag, path, head=None, alone=False):
     try:
         if os.path.isdir(path) or path.endswith(os.sep):
             raise IsADirectoryError(21, "is a folder")
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise FileExistsError(17, "is no regular file")
-        if os.path.exists(path):
+        if os.path.isfile(path):
             with open(path, "a+", errors="replace") as file:  # a log is appended to
                 file.seek(0)
                 if head and (not file.readline(999).startswith(head) or alone and file.readline(999)):
                     raise Unusable(f"{flag} {path}: not the file of this run; name another, or remove it")
+        elif os.path.exists(path):
+            raise FileExistsError(17, "is no regular file")
         with suppress(LookupError), writing(path):
             raise LookupError  # tried, and given up: root may write where no flag says so
     except OSError as error:
