@@ -471,7 +471,7 @@ def meta_train(experiment, state, best, rng, args, module):
             i, stopping = state.iteration, asked.is_set()  # read once: it may change below
             last = i == iterations
             if i % experiment.log_every == 0 or last:
-                row, progress.text, best, final = measured(experiment, state, outcome, last, best, final)
+                row, progress.text, best, final = measured(experiment, state, outcome, last, best)
                 if args.log:
                     with open(args.log, "ab", buffering=0) as file:  # in one write, so that no row is torn
                         file.write(lines_of([(i, *row)]))
@@ -520,7 +520,7 @@ def way_on(args, module, model, last):
     return f"go on with {shlex.join(words)}"
 
 
-def measured(experiment, state, outcome, last, best, final):
+def measured(experiment, state, outcome, last, best):
     """A row of the log, a line of progress, and what is best on validation: of the run, and up to its end.
 
     A score taken at an early end counts for this end alone, so that a resumed run is the unbroken one.
@@ -529,10 +529,10 @@ def measured(experiment, state, outcome, last, best, final):
     due = state.iteration % experiment.log_every == 0 and score is not None
     if last and experiment.keeps_best and score is None:
         score = experiment.score(state.theta)
-    if score is not None and score > final.score:
+    final = best
+    if score is not None and score > best.score:
         final = Best(score, state.theta, state.iteration)
-        best = final if due else best
-    return row, text, best, final
+    return row, text, final if due else best, final
 
 
 def best_of(save):
