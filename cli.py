@@ -74,11 +74,8 @@ rate = number(float, 0, sys.float_info.max, "rate (finite, 0 or more)")
 def nonempty(text):
     """A flag's kind: some text, which an unset variable of a shell is not."""
     if not text:
-        raise ValueError
+        raise argparse.ArgumentTypeError("invalid text (not empty) value: ''")
     return text
-
-
-nonempty.__name__ = "text (not empty)"
 
 
 class Setting(NamedTuple):
