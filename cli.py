@@ -507,7 +507,7 @@ def hinting(module, save):
 
 def way_on(args, module, model, last):
     """The flags that go on with a run that was interrupted, with those which no checkpoint has."""
-    again = {"evaluate" if last else "resume": model, "log": None if last else args.log}
+    again = {"evaluate": model} if last else {"resume": model, "log": args.log}
     names = ["data", "results", "plot", "workers", "scheduler", *(row.name for row in module.EVALUATION)]
     words = []
     for name, value in (again | {name: getattr(args, name) for name in names}).items():
