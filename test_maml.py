@@ -2237,6 +2237,21 @@ def test_frames_are_skipped_as_the_setting_says(mujoco):
     assert error(one.simulation.qpos, five.simulation.qpos) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["cheetah-dir", "ant-vel"])
+def test_a_body_is_drawn_where_it_was_seen(mujoco, name):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    environment = rl.Locomotion(name, [1.0], 1)
+    environment.reset(np.random.default_rng(0))
+    observation = environment.step(np.ones((1, 1, environment.actions)))[0][0, 0]
+    simulation, parts = environment.simulation, environment.model.geom_bodyid > 0
+    places = simulation.geom_xpos[parts, ::2].copy()
+    simulation.qpos[0] += 5  # of which an observation tells by the centre of mass
+    assert np.allclose(rl.outlines(environment, observation).mean(axis=1), places)
+    experiment, canvas = rl_experiment(name, "--horizon 8 --trajectories 2"), cli.canvas_of(9, 5)
+    rl.plot_bodies(canvas, experiment, experiment.start().theta, name)
+    assert len(canvas.axes[0].patches) == 3 * 4 * parts.sum()
+
+
 # The README ------------------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text()
