@@ -488,7 +488,9 @@ def meta_train(experiment, state, best, rng, args, module):
         tell(f"{save}: kept, --evaluate or --resume it{which if final.score > -np.inf else ''}")
     elif iterations:
         tell("the model is not kept: --save FILE.npz keeps it")
-    return final.theta if final.score > -np.inf else state.theta
+    learned = final if final.score > -np.inf else state
+    experiment.settings["iterations"] = learned.iteration  # of the best, not of the run
+    return learned.theta
 
 
 @contextmanager
@@ -583,8 +585,10 @@ class Progress(AbstractContextManager):
         left = datetime.timedelta(seconds=round((self.of - done) / speed))
         line = f"{done}/{self.of}  {self.watched} {self.smooth:.3f}  {pace}  {left} left  {self.text}"
         if self.terminal:
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            tell(f"\r{line[: columns - 1]}\033[K", end="")
+            columns = 0
+            with suppress(OSError):  # a terminal that hung up; what is printed is dropped then
+                columns = os.get_terminal_size(sys.stderr.fileno()).columns
+            tell(f"\r{line[: (columns or 80) - 1]}\033[K", end="")
         else:
             tell(line)
 

@@ -1149,6 +1149,8 @@ def test_progress_fits_the_terminal_that_shows_it(monkeypatch):
     cli.Progress(0, 5, "loss", 1).show(5, 0.5)
     (line,) = [call.args[0] for call in shown.write.call_args_list if "loss" in call.args[0]]
     assert len(line) == len("\r\033[K") + 29
+    monkeypatch.setattr(os, "get_terminal_size", Mock(side_effect=OSError(25, "Inappropriate ioctl")))
+    cli.Progress(0, 5, "loss", 1).show(5, 0.5)  # its window was closed: no reason to stop
 
 
 def test_a_run_needs_neither_the_main_thread_nor_semaphores(glyphs, monkeypatch):
@@ -1645,6 +1647,14 @@ def test_each_method_descends_its_own_gradient_with_all_its_steps(method, task):
     assert all(learns) or method == "reptile"
     learned, rates = experiment.adaptation(both if method == "meta-sgd" else theta)
     assert np.array_equal(learned, theta) and np.array_equal(rates + np.zeros_like(theta), alpha)
+
+
+def test_a_table_says_which_iteration_it_is_of(folder, monkeypatch, capsys):
+    monkeypatch.setattr(rl.Experiment, "score", lambda *_: 0.0)  # the first one stays the best
+    assert command(WALK, "--iterations 6 --save a.npz", module=rl) == 0
+    table = capsys.readouterr().out
+    assert command("--evaluate a.best.npz --eval-tasks 6 --eval-trajectories 5", module=rl) == 0
+    assert capsys.readouterr().out == table and "5 meta-iterations" in table
 
 
 def test_where_no_score_is_finite_the_last_state_is_evaluated(folder):
