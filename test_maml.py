@@ -225,6 +225,7 @@ def test_theta_is_laid_out_as_documented():
     with refused("the arrays have shapes .*; expected"):
         network.flatten(arrays | {"w1": arrays["w1"].T})
     assert list(nets.mlp((4, 3, 2), normalize=True).shapes) == ["w1", "beta1", "w2", "b2"]
+    assert "beta4" in experiment_of("--task omniglot --net mlp").network.shapes
     omniglot, mini = nets.convnet((28, 28, 1), 5), nets.convnet((84, 84, 3), 5, filters=32, pool=True)
     assert omniglot.size == 111_749, "the paper's code adds 4 x 64 biases, which batch norm cancels"
     assert mini.size == 32_773 - 4 * 32, "the same for 32 filters"
@@ -246,6 +247,8 @@ def test_initial_weights_and_the_variances_epsilon_are_the_authors():
             assert 0.95 * bound < np.abs(arrays[name]).max() <= bound
         assert not any(arrays[name].any() for name in ("beta1", "beta2", "beta3", "beta4", "b"))
         assert abs(arrays["w"].std() / spread - 1) < 0.06
+    arrays = (policy := rl.gaussian_policy(20, 6, (100, 100))).unflatten(policy.init(rng))
+    assert 0.95 < np.abs(arrays["w2"]).max() / np.sqrt(6 / 200) <= 1 and not arrays["log_std"].any()
     x = np.array([[[-1.0], [1.0]]])
     assert error(nets.BatchNorm(1, "beta").apply(x, np.zeros(1)), x / np.sqrt(1.001)) < 1e-12
 
@@ -1031,7 +1034,7 @@ def test_every_method_writes_its_table_and_log_and_evaluates_alike(folder, monke
     assert command(QUICK, flag, kind, "--save a.npz --log log.csv --results results.csv") == 0
     table, rows = capsys.readouterr().out, rows_of("results.csv")
     assert f"sinusoid, {kind}, seed 0" in table and ("0.67 at K = 5" in table) == (kind == "maml")
-    assert list(rows[0]) == COLUMNS
+    assert list(rows[0]) == COLUMNS and re.findall(r"(?m)^ *(\d+)  ", table) == [*map(str, range(11))]
     steps = [(int(row["shots"]), int(row["step"])) for row in rows]
     assert steps == [(shots, step) for shots in (5, 10, 20) for step in range(11)]
     assert all(f"{float(row['mean']):.3f} ± {float(row['ci95']):.3f}" in table for row in rows)
@@ -1145,10 +1148,11 @@ def test_a_diverging_run_stops_names_the_iteration_and_keeps_the_checkpoint(fold
 def test_progress_fits_the_terminal_that_shows_it(monkeypatch):
     shown = Mock(isatty=lambda: True, fileno=lambda: 77)
     monkeypatch.setattr(sys, "stderr", shown)
-    monkeypatch.setattr(os, "get_terminal_size", {77: os.terminal_size((30, 9))}.get)
-    cli.Progress(0, 5, "loss", 1).show(5, 0.5)
+    monkeypatch.setattr(os, "get_terminal_size", {77: os.terminal_size((40, 9))}.get)
+    monkeypatch.setattr(time, "monotonic", iter([0.0, 1.0, 1.0, 1.0]).__next__)
+    cli.Progress(2, 6, "loss", 9).show(3, (7.0, 0.5))
     (line,) = [call.args[0] for call in shown.write.call_args_list if "loss" in call.args[0]]
-    assert len(line) == len("\r\033[K") + 29
+    assert line == "\r3/6  loss 0.500  1 s/iteration  0:00:03\033[K"
     monkeypatch.setattr(os, "get_terminal_size", Mock(side_effect=OSError(25, "Inappropriate ioctl")))
     cli.Progress(0, 5, "loss", 1).show(5, 0.5)  # its window was closed: no reason to stop
 
@@ -1249,7 +1253,9 @@ BAD = {
         ("--task omniglot --data glyphs --query 9", "train: 1 support and 9 query.* 4: lower the shots"),
         ("--task miniimagenet --data afile", "afile/train: .*should be a folder"),
         ("--evaluate glyphs.npz --data glyphs --eval-shots 1 3", "3 query.* 4: lower the shots"),
-        ("--evaluate glyphs.npz --data glyphs --ways 4", "trained with ways 3, not 4"),
+        ("--evaluate glyphs.npz --data glyphs --ways 4", "trained with ways 3, not 4; leave the flag out"),
+        ("--evaluate glyphs.npz --data glyphs --shots 2", "trained with shots 1, not 2; give --eval-shots"),
+        ("--task omniglot --data glyphs --shots 3 --query 1 --eval-shots 1", "val: 3 support and 3 query"),
         ("--adapt own", "needs a trained model"),
         ("--evaluate glyphs.npz --adapt own", "own/third: no JPEG or PNG"),
         ("--evaluate glyphs.npz --adapt photographs/train", "train: no JPEG or PNG: put queries beside"),
@@ -1266,6 +1272,7 @@ BAD = {
         ("--resume glyphs.best.npz --iterations 9 --data glyphs", "glyphs.best.npz holds weights alone"),
         ("--evaluate missing.npz", "no such file"),
         *[(f"--evaluate {name}", "not a whole checkpoint") for name in WRECKS],
+        ("--evaluate pickled.npz", "allow_pickle=False"),
         ("--evaluate negative.npz", "its iteration is -1"),
         ("--evaluate bomb.npz", "it is compressed"),
         ("--evaluate task.npz", "invalid choice: 'omelette'"),
@@ -1389,6 +1396,38 @@ def test_a_picture_names_its_models_whatever_their_files_are_called(glyphs, file
         assert ("diverged" in said) == (kind == "glyphs")
 
 
+def test_a_picture_shows_the_tables_and_the_logs_figures(glyphs, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    monkeypatch.setattr(cli, "save_picture", save := Mock())
+    assert command(GLYPHS, "--iterations 1 --results r.csv --plot a.png") == 0
+    figures = [[100 * float(row[key]) for key in ("mean", "ci95")] for row in rows_of("r.csv")]
+    (line,) = save.call_args[0][1].axes[-1].lines
+    assert np.allclose(line.get_ydata(), np.transpose(figures)[0])
+    assert "{:.2f} ± {:.2f}".format(*figures[-1]) in line.get_label().replace("\n", " ")
+    Path("a.csv").write_text(
+        "\n".join(["iteration,loss,before,after", *(f"{i},0,0,{i}" for i in range(1, 121))])
+    )
+    maml.learning(axes := cli.canvas_of(1, 1).subplots(), "a.csv", 100)
+    assert np.allclose(axes.lines[1].get_xydata()[[0, -1]], [[10, 550], [120, 11550]]), "means of ten"
+
+
+def test_pictures_show_test_tasks_and_what_is_said_of_them():
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    experiment, canvas = image_experiment("--task omniglot --ways 3 --shots 4"), cli.canvas_of(9, 9)
+    maml.plot_episode(canvas, experiment, experiment.start().theta)
+    grid = np.reshape(canvas.axes, (5, 3))
+    (x, _), (xq, _) = experiment.sample("test", 4, 1)(experiment.stream("test"), tasks=1)
+    for label, (*images, chances) in enumerate(grid.T):
+        for axes, image in zip(images, [*x[0, 4 * label :][:3], xq[0, label]], strict=True):
+            assert np.array_equal(axes.images[0].get_array(), 1 - image[..., 0])
+        verdict = chances.get_title()
+        assert verdict.endswith("right") == verdict.startswith(f"class {label + 1},")
+    experiment, row = experiment_of("--task sinusoid"), cli.canvas_of(9, 3).subplots(1, 3)
+    maml.plot_fits(row, experiment, experiment.start().theta, "a")
+    drawn = {line.get_label(): line.get_ydata() for line in row[0].lines}
+    assert not np.array_equal(drawn["after 1 step"], drawn["after 10 steps"])
+
+
 def test_a_path_is_drawn_to_its_end(monkeypatch):
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     monkeypatch.setattr(rl, "test_goals", lambda task, count: np.array([[0.2, 0.1], [0.4, 0.2], [0.1, 0.05]]))
@@ -1400,6 +1439,7 @@ def test_a_path_is_drawn_to_its_end(monkeypatch):
     for axes, goal in zip(canvas.axes, rl.test_goals("navigation", 3)):
         path = axes.lines[0].get_xydata()
         assert not path[0].any() and np.allclose(path[-1], goal, atol=1e-4)
+        assert np.array_equal(axes.lines[-1].get_xydata(), [goal])
 
 
 def test_scripts_of_assets_draw_pictures(folder, monkeypatch):
@@ -1509,6 +1549,10 @@ def test_ones_own_images_are_classified(glyphs, capsys):
     said = [(label, file) for label, _, file in lines]
     assert said == [("bar", "own/2.jpg"), ("ring" * 7, "own/query/3.png")]
     assert all(float(probability) > 0.6 for _, probability, _ in lines)
+    assert command("--evaluate a.npz --adapt own --eval-steps 1") == 0 and capsys.readouterr().out != out
+    os.unlink("own/2.jpg")
+    assert command("--evaluate a.npz --adapt own") == 0
+    assert capsys.readouterr().out.splitlines()[1] == out.splitlines()[2], "each query is alone"
     assert command(GLYPHS, "--net mlp --ways 2 --iterations 1 --save b.npz") == 0
     assert command("--evaluate b.npz --adapt own") == 0
 
@@ -1555,7 +1599,8 @@ def test_defaults_are_the_papers_and_the_authors():
     for module, words, expected in [
         (maml, "omniglot --ways 5", {"steps": 1, "meta_batch": 32, "query": 1, "alpha": 5 * 0.4}),
         (maml, "omniglot --ways 20", {"steps": 5, "meta_batch": 16, "alpha": 20 * 0.1}),
-        (maml, "omniglot --shots 5", {"query": 5}),
+        (maml, "omniglot --shots 5", {"query": 5, "meta_batch": 32}),
+        (maml, "miniimagenet --ways 20", {"steps": 5, "meta_batch": 4}),
         (maml, "omniglot --method reptile", {"steps": 10}),
         (maml, "omniglot --first-order", {"method": "fomaml"}),
         (rl, "navigation --first-order", {"order": 1}),
@@ -1577,13 +1622,15 @@ def test_every_purpose_has_its_own_classes_and_of_every_seed_its_own_stream():
     for purpose, low, high in (("training", 0, 60), ("validation", 90, 150), ("test", 190, 255)):
         (x, _), (xq, _) = experiment.sample(purpose, 2, 3)(np.random.default_rng(0), tasks=4)
         assert low / 255 <= x.min() and max(x.max(), xq.max()) <= high / 255
+    sample = image_experiment("--task omniglot --baseline pretrained").meta_batch()["sample"]
+    assert sample(np.random.default_rng(0), tasks=1)[0][0].max() <= 60 / 255
 
 
 def test_a_score_is_of_validation_tasks_after_adaptation_where_there_is_some():
     curve = np.array([[-100.0], [-3.0], [-2.0], [-1.0]])
     for module, words, score in [
         (maml, "--task sinusoid", -1),
-        (maml, "--task omniglot", -1),
+        (maml, "--task omniglot --shots 2 --query 5 --steps 3", -1),
         (rl, "--task navigation", -2),
         (rl, "--task navigation --baseline oracle", -26.5),
     ]:
@@ -1591,8 +1638,9 @@ def test_a_score_is_of_validation_tasks_after_adaptation_where_there_is_some():
         experiment.curve = given = lambda _, purpose, *rest: asked.append((purpose, rest)) or curve
         if module is maml:
             row, _, selects = experiment.measure(maml.State.start(np.zeros(1)), 0.5)
-            assert row == (0.5, -100, score) and selects == (score if experiment.keeps_best else None)
-            assert asked[0][1][0] == (600 if experiment.keeps_best else 100), "tasks"
+            assert dict(zip(experiment.columns, row)) == {"loss": 0.5, "before": -100, "after": score}
+            assert selects == (score if experiment.keeps_best else None)
+            assert asked[0][1] == ((600, 2, 3) if experiment.keeps_best else (100, 10, 1)), "tasks, K, steps"
             experiment.curve = lambda *_: np.array([[0.5, 0.5], [1.0, np.nan]])
             experiment.keeps_best = True
             row, _, selects = experiment.measure(maml.State.start(np.zeros(1)), 0.5)
@@ -1602,12 +1650,18 @@ def test_a_score_is_of_validation_tasks_after_adaptation_where_there_is_some():
         else:
             assert experiment.score(None) == score
             assert asked[0][1] == (20, 20, 3, 0.5), "tasks, trajectories, and the table's steps and shrink"
+            row, text, selects = experiment.measure(maml.State.start(np.zeros(1)), (1, 2, 0.5, 15, 9.0))
+            given = {"before": 1, "after": 2, "kl": 0.5, "backtracks": 15, "validation": score}
+            assert dict(zip(experiment.columns, row)) == given
+            assert selects == score and "no step accepted: theta kept" in text
         assert {purpose for purpose, _ in asked} == {"validation"}
         each = "eval_tasks eval_steps eval_shots eval_trajectories".split()
         list(experiment.test(None, dict.fromkeys(each, 1)))
         assert asked[-1][0] == "test"
     experiment.curve = lambda *_: np.array([[np.nan]])
     assert [*experiment.test(None, dict.fromkeys(each, 1))][0][1][0]["mean"] == -np.inf
+    (experiment := experiment_of("--task sinusoid")).curve = lambda *_: np.array([[1.0, 101.0]])
+    assert [*experiment.test(None, dict.fromkeys(each[:3], 1))][0][1][0]["diverged"] == 1
 
 
 @pytest.mark.parametrize("task, turned", [("omniglot", True), ("miniimagenet", False)])
@@ -1652,9 +1706,9 @@ def test_each_method_descends_its_own_gradient_with_all_its_steps(method, task):
 def test_a_table_says_which_iteration_it_is_of(folder, monkeypatch, capsys):
     monkeypatch.setattr(rl.Experiment, "score", lambda *_: 0.0)  # the first one stays the best
     assert command(WALK, "--iterations 6 --save a.npz", module=rl) == 0
-    table = capsys.readouterr().out
+    table, err = capsys.readouterr()
     assert command("--evaluate a.best.npz --eval-tasks 6 --eval-trajectories 5", module=rl) == 0
-    assert capsys.readouterr().out == table and "5 meta-iterations" in table
+    assert capsys.readouterr().out == table and ", 5 meta-iterations" in table and "of iteration 5" in err
 
 
 def test_where_no_score_is_finite_the_last_state_is_evaluated(folder):
@@ -1696,10 +1750,10 @@ def test_miniimagenets_meta_gradient_is_clipped_on_the_authors_scale(shots, clip
 
 
 def test_published_figures_stand_beside_what_is_like_them():
-    alike = ("omniglot", 1), ("sinusoid", 5), ("navigation --hidden 16", 40)
+    alike = ("omniglot", 1), ("sinusoid", 5), ("navigation --hidden 16", 40), ("cheetah-dir", 20)
     other = ("omniglot", 5), ("sinusoid --shots 5", 5), ("navigation", 20), ("navigation --horizon 20", 40)
-    for words, shots in (*alike, *other, ("navigation --order 1", 40)):
-        experiment = experiment_of("--task", words, module=rl if "nav" in words else maml)
+    for words, shots in (*alike, *other, ("navigation --order 1", 40), ("cheetah-dir --frame-skip 5", 20)):
+        experiment = experiment_of("--task", words, module=rl if words.split()[0] in rl.TASKS else maml)
         assert bool(experiment.published(shots)) == ((words, shots) in alike)
 
 
@@ -1732,11 +1786,13 @@ WORKERS = f"{MANY_GLYPHS} --workers 2 --iterations 1000000 --save b.npz"
 
 
 @pytest.mark.parametrize("module, run", [(maml, MANY_GLYPHS), (rl, MANY_WALKS)])
-def test_any_number_of_workers_gives_the_same_bits(glyphs, module, run):
+def test_any_number_of_workers_gives_the_same_bits(glyphs, monkeypatch, module, run):
+    monkeypatch.setattr(cli, "process_pool", pool := Mock(wraps=cli.process_pool))
     for name, words in (("none", ""), ("one", "--workers 1"), ("three", "--workers 3")):
         assert command(run, words, "--iterations 2 --save", f"{name}.npz", module=module) == 0
     np.testing.assert_equal(arrays("none.npz"), arrays("one.npz"))
     np.testing.assert_equal(arrays("none.npz"), arrays("three.npz"))
+    assert [call.args for call in pool.call_args_list][-2:] == [(1,), (3,)]
 
 
 def test_a_dask_cluster_gives_the_same_bits_and_may_lose_a_worker(glyphs):
@@ -2210,12 +2266,18 @@ def test_locomotion_equals_gymnasium_and_pays_the_authors_rewards(mujoco, name):
 
 @pytest.mark.parametrize("name, place, start", [("cheetah-vel", 1, 0), ("ant-vel", 2, 0.55)])
 def test_locomotion_starts_as_the_authors_do(mujoco, name, place, start):
-    environment = rl.Locomotion(name, [1.0], 300)
+    environment = rl.Locomotion(name, [1.0, 2.0], 150)
     environment.reset(np.random.default_rng(0))
+    first = environment.states.copy()
     nq, nv = environment.model.nq, environment.model.nv
     noise = environment.states[:, : nq + nv].std(axis=0)
     assert np.allclose(noise[:nq], 0.01, rtol=0.2) and np.allclose(noise[nq:], 0.1, rtol=0.2)
     assert abs(environment.states[:, place].mean() - start) < 0.005
+    environment.states[...] = first[0]
+    _, reward, _ = environment.step(np.zeros((2, 150, environment.actions)))
+    assert (reward == reward[:, :1]).all() and reward[0, 0] != reward[1, 0], "each by its task's goal"
+    environment.reset(np.random.default_rng(0))
+    assert np.array_equal(environment.states, first), "nothing is left of what was before"
 
 
 def test_an_ant_is_done_by_its_height_or_a_state_not_finite_and_then_stays(mujoco):
@@ -2257,9 +2319,14 @@ def test_a_body_is_drawn_where_it_was_seen(mujoco, name):
     places = simulation.geom_xpos[parts, ::2].copy()
     simulation.qpos[0] += 5  # of which an observation tells by the centre of mass
     assert np.allclose(rl.outlines(environment, observation).mean(axis=1), places)
-    experiment, canvas = rl_experiment(name, "--horizon 8 --trajectories 2"), cli.canvas_of(9, 5)
-    rl.plot_bodies(canvas, experiment, experiment.start().theta, name)
-    assert len(canvas.axes[0].patches) == 3 * 4 * parts.sum()
+    experiment = rl_experiment(name, "--horizon 8 --trajectories 2 --frame-skip 2")
+    rl.plot_bodies(canvas := cli.canvas_of(9, 5), experiment, experiment.start().theta, name)
+    (axes,), count = canvas.axes, 4 * parts.sum()
+    assert len(axes.patches) == 3 * count
+    least, most = axes.patches[count], axes.patches[2 * count]
+    assert float(most.get_label().split()[-1]) == rl.test_goals(name, 40).max().round(1)
+    assert not np.array_equal(least.get_xy(), most.get_xy())
+    assert axes.get_yticklabels()[-1].get_text() == f"{16 * environment.model.opt.timestep:.1f} s"
 
 
 # The README ------------------------------------------------------------------------------------
