@@ -179,7 +179,9 @@ def parser_of(module, what, first_order, workers):
     for flag, text in files.items():
         parser.add_argument(f"--{flag}", type=nonempty, metavar=f"FILE.{kinds.get(flag, 'npz')}", help=text)
     text = "train nothing, evaluate these checkpoints; --alpha may be another (not of Meta-SGD)"
-    parser.add_argument("--evaluate", type=nonempty, metavar="FILE.npz", nargs="+", help=text)
+    parser.add_argument(
+        "--evaluate", type=nonempty, metavar="FILE.npz", nargs="+", action="extend", help=text
+    )
     parser.set_defaults(data=None, adapt=None)  # which one command has alone
     return parser
 

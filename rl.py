@@ -755,10 +755,10 @@ def plot_bodies(canvas, experiment, learned, name):
         for row, t in enumerate(np.minimum(moments, int(episodes.mask[task, 0].sum()))):
             for part in outlines(environment, episodes.observations[task, 0, t - 1]):
                 axes.fill(*(part - [0, 1.5 * row]).T, color=color, ec="white", lw=0.4, label=label)
-    ground, seconds = -1.5 * np.arange(4), moments * environment.model.opt.timestep * s["frame_skip"]
+    ground, step = -1.5 * np.arange(4), environment.model.opt.timestep * s["frame_skip"]
     axes.hlines(ground, 0, 1, color="black", lw=1, transform=axes.get_yaxis_transform())
     axes.axvline(0, color="black", lw=1, ls=":", label="start")
-    axes.set(yticks=ground, yticklabels=[f"{second:.1f} s" for second in seconds])
+    axes.set(yticks=ground, yticklabels=[f"{second:.1f} s" for second in (moments - 1) * step])
     title = cli.text_of(f"{s['task']}, {name}")
     axes.set(xlabel="metres", title=title, aspect="equal", adjustable="datalim")
     axes.grid(axis="x", lw=0.5)

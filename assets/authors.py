@@ -18,6 +18,7 @@ import tasks
 def main(given=None, made=None, *more):
     if not made or more or os.path.exists(made):
         raise cli.Unusable("name the weights, and a model that is not there yet: IN.npy OUT.npz")
+    cli.check_writable("OUT.npz", made)
     try:
         theta = np.asarray(np.load(given))
         settings = cli.settings_of(maml.build_parser().parse_args(["--task", "miniimagenet"]), maml)
