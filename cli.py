@@ -331,7 +331,7 @@ def begin_log(path, columns, iteration, every):
     Those rows are kept that the unbroken run has: one every `every` iterations.
     """
     head, rows = ["iteration", *columns], []
-    if iteration and os.path.exists(path):
+    if os.path.exists(path):
         with open(path, newline="", errors="replace") as file:
             lines = [line.split(",") for line in file.read().splitlines()]
         due = {str(i) for i in range(every, iteration + 1, every)}

@@ -327,7 +327,7 @@ def baseline(observations, targets, mask, ridge=1e-5):
     """
     phi = np.where(mask[..., None], features(observations), 0)  # where mask is 0 they may be NaN
     phi = phi.reshape(len(phi), -1, phi.shape[-1])
-    y = (targets * mask).reshape(len(phi), -1, 1)
+    y = targets.reshape(len(phi), -1, 1)
     gram, right = phi.mT @ phi, phi.mT @ y
     w = np.linalg.solve(gram + ridge * np.eye(phi.shape[-1]), right)
     return (phi @ w).reshape(targets.shape).astype(targets.dtype)

@@ -1177,6 +1177,7 @@ def test_a_log_that_cannot_be_appended_to_is_found_out_first(folder, monkeypatch
     monkeypatch.setattr(cli, "open", lambda path, mode="r", **how: "a" in mode and refusal(), raising=False)
     assert command(QUICK, "--log a.csv") == 2
     assert capsys.readouterr().err.count("\n") == 1
+    assert cli.guarded("a", Mock(side_effect=cli.BrokenExecutor)) == 1
     assert cli.guarded("a", lambda: warnings.warn("of a library", stacklevel=2)) == 0 and not recwarn
 
 
@@ -1220,6 +1221,7 @@ def files(tmp_path_factory, omniglot):
     for name, change in {
         "task": {"settings": json.dumps(settings | {"task": "omelette"})},
         "extra": {"settings": json.dumps(settings | {"help": ""})},
+        "old": {"settings": json.dumps(dict(list(settings.items())[:-1]))},
         "endless": {"iteration": np.array(np.inf)},
         "negative": {"iteration": np.array(-1)},
         "shape": {"theta": np.ones(5, np.float32)},
@@ -1269,13 +1271,14 @@ BAD = {
         ("--evaluate good.npz --ways 3", "--ways is for --task omniglot, miniimagenet"),
         ("--evaluate good.npz --plot a.xyz", "a.xyz: cannot be drawn .Format 'xyz'"),
         ("--evaluate good.npz glyphs.npz --data glyphs --plot b.png", "one kind of task"),
-        ("--resume good.npz --alpha 0.5", "trained with alpha 0.01, not 0.5"),
+        *[(f"--resume good.npz --{x} 9", f"with {x} .*, not 9") for x in ("alpha", "beta", "meta-batch")],
         ("--resume good.npz --iterations 10", "at iteration 40"),
         ("--resume glyphs.best.npz --iterations 9 --data glyphs", "glyphs.best.npz holds weights alone"),
         ("--evaluate missing.npz", "no such file"),
         *[(f"--evaluate {name}", "not a whole checkpoint") for name in WRECKS],
         ("--evaluate pickled.npz", "allow_pickle=False"),
         ("--evaluate negative.npz", "its iteration is -1"),
+        ("--evaluate old.npz", "it has task, .*seed, where task, .*seed, dtype are expected"),
         ("--evaluate bomb.npz", "it is compressed"),
         ("--evaluate task.npz", "invalid choice: 'omelette'"),
         ("--evaluate shape.npz", r"theta is float32 \(5,\); expected float32 \(1761,\)"),
@@ -1406,6 +1409,10 @@ def test_a_picture_shows_the_tables_and_the_logs_figures(glyphs, monkeypatch):
     (line,) = save.call_args[0][1].axes[-1].lines
     assert np.allclose(line.get_ydata(), np.transpose(figures)[0])
     assert "{:.2f} ± {:.2f}".format(*figures[-1]) in line.get_label().replace("\n", " ")
+    row = {"mean": 9.0, "ci95": 5.0, "median": 2.0, "diverged": 1, "tasks": 4}
+    cli.panel(axes := cli.canvas_of(1, 1).subplots(), [("a", 2 * [row])], experiment_of("--task sinusoid"))
+    assert axes.lines[0].get_ydata().tolist() == [2, 2] and axes.lines[0].get_label() == "a: median 2.000"
+    assert np.ptp(axes.collections[0].get_paths()[0].vertices[:, 1]) == 0, "no interval"
     Path("a.csv").write_text(
         "\n".join(["iteration,loss,before,after", *(f"{i},0,0,{i}" for i in range(1, 121))])
     )
