@@ -1668,6 +1668,7 @@ def test_a_score_is_of_validation_tasks_after_adaptation_where_there_is_some():
             given = {"before": 1, "after": 2, "kl": 0.5, "backtracks": 15, "validation": score}
             assert dict(zip(experiment.columns, row)) == given
             assert selects == score and "no step accepted: theta kept" in text
+            assert experiment.measure(maml.State(np.zeros(1), None, 6), (1, 2, 0.5, 3, 9.0))[2] is None
         assert {purpose for purpose, _ in asked} == {"validation"}
         each = "eval_tasks eval_steps eval_shots eval_trajectories".split()
         list(experiment.test(None, dict.fromkeys(each, 1)))
@@ -2093,7 +2094,7 @@ def test_conjugate_gradient_solves_and_the_line_search_keeps_theta_where_nothing
     assert error(residual, b - matrix @ x) < 1e-9
     x, residual = rl.conjugate_gradient(lambda v: v, np.zeros(6), 5)
     assert not x.any() and not residual.any(), "nothing to descend is no step"
-    constants = 0.02, 6, 0.0, 0.5, 4
+    constants = 0.02, 3, 0.0, 0.5, 4  # three steps leave a residual
     problem = 0.0, b, lambda v: matrix @ v, lambda x: (b @ x, x @ matrix @ x / 2)
     theta, j, kl = rl.trust_region_step(np.zeros(6), *problem, *constants)
     assert j in (0, 1) and b @ theta < 0 and error(kl, 0.02 / 4**j) < 1e-6
