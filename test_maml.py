@@ -1650,14 +1650,11 @@ def test_a_score_is_of_validation_tasks_after_adaptation_where_there_is_some():
         (rl, "--task navigation --baseline oracle", -26.5),
     ]:
         experiment, asked = experiment_of(words, module=module), []
-        experiment.curve = given = lambda _, purpose, *rest: asked.append((purpose, rest)) or curve
+        experiment.curve = asking = lambda _, purpose, *rest: asked.append((purpose, rest)) or curve
         if module is maml:
             row, _, selects = experiment.measure(maml.State.start(np.zeros(1)), 0.5)
-            assert dict(zip(experiment.columns, row, strict=True)) == {
-                "loss": 0.5,
-                "before": -100,
-                "after": score,
-            }
+            given = {"loss": 0.5, "before": -100, "after": score}
+            assert dict(zip(experiment.columns, row, strict=True)) == given
             assert selects == (score if experiment.keeps_best else None)
             assert asked[0][1] == ((600, 2, 3) if experiment.keeps_best else (100, 10, 1)), "tasks, K, steps"
             experiment.curve = lambda *_: np.array([[0.5, 0.5], [1.0, np.nan]])
@@ -1665,7 +1662,7 @@ def test_a_score_is_of_validation_tasks_after_adaptation_where_there_is_some():
             row, _, selects = experiment.measure(maml.State.start(np.zeros(1)), 0.5)
             assert row[2] == (1 + experiment.worst) / 2, "a task that diverged counts as the worst"
             assert selects == (0.5 if experiment.metric_name == "accuracy" else -np.inf), "larger is better"
-            experiment.curve = given
+            experiment.curve = asking
         else:
             assert experiment.score(None) == score
             assert asked[0][1] == (20, 20, 3, 0.5), "tasks, trajectories, and the table's steps and shrink"
