@@ -670,7 +670,7 @@ def test_zips_and_folders_in_any_order_become_area_averages_of_the_ink(tmp_path)
 
 def test_a_cache_that_is_not_what_was_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    images = np.ones((3, 20, 28, 28, 1), np.uint8)
+    images = np.ones((30, 20, 28, 28, 1), np.uint8)  # several times what a file buffers
 
     def build():
         yield from images
