@@ -632,7 +632,7 @@ def threads():
 @cache
 def processes():
     """map on a process for each core, where there are several: threads would wait for Python's lock."""
-    with suppress(OSError, NotImplementedError):  # without semaphores, as where /dev/shm is not writable
+    with suppress(Unusable):
         return partial(pool_map, process_pool(cores())) if cores() > 1 else map
     return map
 
@@ -643,7 +643,10 @@ os.register_at_fork(after_in_child=processes.cache_clear)  # nor these processes
 
 def process_pool(workers):
     """An executor of so many processes, with a BLAS thread each; Ctrl-C is their parent's to answer."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    try:
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    except (OSError, NotImplementedError) as error:  # no semaphores, as where /dev/shm is not writable
+        raise Unusable(f"--workers {workers}: none can be had here ({error}); leave it out") from None
 
 
 def _start_worker():

@@ -1158,9 +1158,13 @@ def test_progress_fits_the_terminal_that_shows_it(monkeypatch):
     cli.Progress(0, 5, "loss", 1).show(5, 0.5)  # its window was closed: no reason to stop
 
 
-def test_a_run_needs_neither_the_main_thread_nor_semaphores(glyphs, monkeypatch):
-    monkeypatch.setattr(cli, "process_pool", Mock(side_effect=OSError(30, "Read-only file system")))
-    assert cli.processes.__wrapped__() is map
+def test_a_run_needs_neither_the_main_thread_nor_semaphores(glyphs, monkeypatch, capsys):
+    for failure in (OSError(30, "Read-only file system"), NotImplementedError("no sem_open")):
+        monkeypatch.setattr(cli, "ProcessPoolExecutor", Mock(side_effect=failure))
+        assert cli.processes.__wrapped__() is map
+        assert command(SMALL_GLYPHS, "--workers 2") == 2
+        line = f"--workers 2: none can be had here ({failure}); leave it out"
+        assert capsys.readouterr().err == f"maml.py: {line}\n"
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(command, QUICK).result() == 0
 
