@@ -704,7 +704,7 @@ def cores():
 
 
 def one_blas_thread():
-    """Keeps the OpenBLAS of NumPy's wheels to one thread, and glibc to one heap, which it keeps.
+    """Keeps NumPy's OpenBLAS to one thread, and glibc to one heap, which it keeps.
 
     A task's products are too small to share between cores, and where another process has one of the cores
     OpenBLAS's threads wait for each other up to 50 times as long as a single thread needs. What runs in
@@ -712,8 +712,9 @@ def one_blas_thread():
     heap when that is empty and with every large array, took a third of TRPO's time to fault in.
     """
     library = ctypes.CDLL(np.linalg._umath_linalg.__file__)
-    if hasattr(library, "scipy_openblas_set_num_threads64_"):
-        library.scipy_openblas_set_num_threads64_(1)
+    for name in ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads"):  # of wheels, of systems
+        if hasattr(library, name):
+            getattr(library, name)(1)
     if hasattr(library, "mallopt"):
         library.mallopt(-8, 1)  # M_ARENA_MAX
         library.mallopt(-4, 0)  # M_MMAP_MAX
