@@ -601,12 +601,18 @@ class Progress(AbstractContextManager):
 
 # Workers ----------------------------------------------------------------------------------------
 
+NO_PROCESSES = OSError, NotImplementedError  # without semaphores, as where /dev/shm is not writable
+
 
 @contextmanager
 def workers_of(args, module):
     """The map that --workers or --scheduler asks for, or None; closed at the end."""
     if args.workers:
-        with process_pool(args.workers) as pool:
+        try:
+            pool = process_pool(args.workers)
+        except NO_PROCESSES as error:
+            raise Unusable(f"--workers: none can be had here ({error}); leave it out") from None
+        with pool:
             yield partial(pool_map, pool)
     elif args.scheduler:
         with dask_client(args.scheduler, module) as client:
@@ -632,7 +638,7 @@ def threads():
 @cache
 def processes():
     """map on a process for each core, where there are several: threads would wait for Python's lock."""
-    with suppress(Unusable):
+    with suppress(*NO_PROCESSES):
         return partial(pool_map, process_pool(cores())) if cores() > 1 else map
     return map
 
@@ -643,10 +649,7 @@ os.register_at_fork(after_in_child=processes.cache_clear)  # nor these processes
 
 def process_pool(workers):
     """An executor of so many processes, with a BLAS thread each; Ctrl-C is their parent's to answer."""
-    try:
-        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    except (OSError, NotImplementedError) as error:  # no semaphores, as where /dev/shm is not writable
-        raise Unusable(f"--workers {workers}: none can be had here ({error}); leave it out") from None
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
 
 
 def _start_worker():

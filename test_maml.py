@@ -1163,7 +1163,7 @@ def test_a_run_needs_neither_the_main_thread_nor_semaphores(glyphs, monkeypatch,
         monkeypatch.setattr(cli, "ProcessPoolExecutor", Mock(side_effect=failure))
         assert cli.processes.__wrapped__() is map
         assert command(SMALL_GLYPHS, "--workers 2") == 2
-        line = f"--workers 2: none can be had here ({failure}); leave it out"
+        line = f"--workers: none can be had here ({failure}); leave it out"
         assert capsys.readouterr().err == f"maml.py: {line}\n"
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(command, QUICK).result() == 0
