@@ -780,19 +780,13 @@ def test_a_failed_download_says_what_to_fetch_and_leaves_nothing(folder, capsys,
 
 
 def test_the_command_fetches_what_its_own_folder_lacks_and_tries_again(folder, monkeypatch, capsys):
-    def fetch(path):
-        calls.append(path)
-        if len(calls) == 1:
-            Path(path).mkdir(parents=True)
-            raise ValueError("no network")
-        zipped(Path(path), drawn(40, 3)[0])
-
-    calls = []
-    monkeypatch.setattr(tasks, "download_omniglot", fetch)
-    words = "--task omniglot --ways 2 --net mlp --baseline nearest --eval-tasks 2".split()
-    assert command(*words) == 2 and capsys.readouterr().err.startswith("maml.py: no network; or name")
-    assert command(*words) == 0 and calls == ["data/omniglot"] * 2
-    assert command(*words, "--data", "nowhere") == 2 and len(calls) == 2
+    monkeypatch.setattr(tasks, "download_omniglot", fetch := Mock(side_effect=ValueError("no network")))
+    words = "--task omniglot --ways 2 --net mlp --baseline nearest --eval-tasks 2"
+    assert command(words) == 2 and capsys.readouterr().err.startswith("maml.py: no network; or name")
+    os.makedirs("data/omniglot")
+    fetch.side_effect = lambda path: zipped(Path(path), drawn(40, 3)[0])
+    assert command(words) == 0 and [call.args for call in fetch.call_args_list] == [("data/omniglot",)] * 2
+    assert command(words, "--data nowhere") == 2 and fetch.call_count == 2
 
 
 def test_photographs_are_resized_as_pillow_does_it_and_cut_to_the_smallest_class(tmp_path, capsys):
@@ -1336,21 +1330,15 @@ def test_bad_use_is_one_line_and_changes_nothing(files, monkeypatch, capsys, mod
     assert contents(files) == before and leftovers(files / "photographs") == []
 
 
-def test_nobody_needs_to_read_what_is_printed(folder):
+@pytest.mark.parametrize("shell", ["| true", ">&-", "2>&-", "2>/dev/full", ">/dev/full", ">out"])
+def test_nobody_needs_to_read_what_is_printed(folder, monkeypatch, shell):
     """Also a table whose signs the encoding has not is printed, and no file is lost."""
-    words = words_of(QUICK, "--results $0/a.csv --save $0/a.npz")
-    shells = ["| true", ">&-", "2>&-", "2>/dev/full", ">/dev/full", ">$0/out"]
-    line = " ".join([shlex.quote(sys.executable), shlex.quote(str(HERE / "maml.py")), *words])
-    options = {"stderr": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHONIOENCODING": "ascii"}}
-    runs = []
-    for i, shell in enumerate(shells):
-        os.mkdir(str(i))
-        runs.append(subprocess.Popen(["bash", "-c", f"{line} {shell}", str(i)], **options))
-    for i, run in enumerate(runs):
-        stderr = run.communicate(timeout=60)[1]
-        assert run.returncode == 0 and "Traceback" not in stderr and "Exception" not in stderr, shells[i]
-        assert len(rows_of(f"{i}/a.csv")) == 33 and int(arrays(f"{i}/a.npz")["iteration"]) == 40
-    assert "K = 20" in Path(f"{i}/out").read_text()
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    line = shlex.join(words_of(Path(sys.executable), HERE / "maml.py", QUICK, "--results a.csv --save a.npz"))
+    run = subprocess.run(["bash", "-c", f"{line} {shell}"], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert run.returncode == 0 and "Traceback" not in run.stderr and "Exception" not in run.stderr
+    assert len(rows_of("a.csv")) == 33 and int(arrays("a.npz")["iteration"]) == 40
+    assert shell != ">out" or "K = 20" in Path("out").read_text()
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "full"), RuntimeError("reentrant call: a signal's")])
