@@ -1633,44 +1633,40 @@ def test_every_purpose_has_its_own_classes_and_of_every_seed_its_own_stream():
     assert sample(np.random.default_rng(0), tasks=1)[0][0].max() <= 60 / 255
 
 
-def test_a_score_is_of_validation_tasks_after_adaptation_where_there_is_some():
-    curve = np.array([[-100.0], [-3.0], [-2.0], [-1.0]])
-    for module, words, score in [
-        (maml, "--task sinusoid", -1),
-        (maml, "--task omniglot --shots 2 --query 5 --steps 3", -1),
-        (rl, "--task navigation", -2),
-        (rl, "--task navigation --baseline oracle", -26.5),
-    ]:
-        experiment, asked = experiment_of(words, module=module), []
-        experiment.curve = asking = lambda _, purpose, *rest: asked.append((purpose, rest)) or curve
-        if module is maml:
-            row, _, selects = experiment.measure(maml.State.start(np.zeros(1)), 0.5)
-            given = {"loss": 0.5, "before": -100, "after": score}
-            assert dict(zip(experiment.columns, row, strict=True)) == given
-            assert selects == (score if experiment.keeps_best else None)
-            assert asked[0][1] == ((600, 2, 3) if experiment.keeps_best else (100, 10, 1)), "tasks, K, steps"
-            experiment.curve = lambda *_: np.array([[0.5, 0.5], [1.0, np.nan]])
-            experiment.keeps_best = True
-            row, _, selects = experiment.measure(maml.State.start(np.zeros(1)), 0.5)
-            assert row[2] == (1 + experiment.worst) / 2, "a task that diverged counts as the worst"
-            assert selects == (0.5 if experiment.metric_name == "accuracy" else -np.inf), "larger is better"
-            experiment.curve = asking
-        else:
-            assert experiment.score(None) == score
-            assert asked[0][1] == (20, 20, 3, 0.5), "tasks, trajectories, and the table's steps and shrink"
-            row, text, selects = experiment.measure(maml.State.start(np.zeros(1)), (1, 2, 0.5, 15, 9.0))
-            given = {"before": 1, "after": 2, "kl": 0.5, "backtracks": 15, "validation": score}
-            assert dict(zip(experiment.columns, row, strict=True)) == given
-            assert selects == score and "no step accepted: theta kept" in text
-            assert experiment.measure(maml.State(np.zeros(1), None, 6), (1, 2, 0.5, 3, 9.0))[2] is None
-        assert {purpose for purpose, _ in asked} == {"validation"}
-        each = "eval_tasks eval_steps eval_shots eval_trajectories".split()
-        list(experiment.test(None, dict.fromkeys(each, 1)))
-        assert asked[-1][0] == "test"
-    experiment.curve = lambda *_: np.array([[np.nan]])
-    assert [*experiment.test(None, dict.fromkeys(each, 1))][0][1][0]["mean"] == -np.inf
-    (experiment := experiment_of("--task sinusoid")).curve = lambda *_: np.array([[1.0, 101.0]])
-    assert [*experiment.test(None, dict.fromkeys(each[:3], 1))][0][1][0]["diverged"] == 1
+@pytest.mark.parametrize(
+    "words, drawn", [("sinusoid", (100, 10, 1)), ("omniglot --shots 2 --query 5 --steps 3", (600, 2, 3))]
+)
+def test_a_score_is_of_validation_tasks_after_adaptation(words, drawn):
+    experiment, state = experiment_of("--task", words), maml.State.start(np.zeros(1))
+    experiment.curve = Mock(return_value=np.array([[-100.0], [-3.0], [-2.0], [-1.0]]))
+    row, _, selects = experiment.measure(state, 0.5)
+    experiment.curve.assert_called_once_with(state.theta, "validation", *drawn)  # tasks, K, steps
+    assert dict(zip(experiment.columns, row, strict=True)) == {"loss": 0.5, "before": -100, "after": -1}
+    assert selects == (-1 if experiment.keeps_best else None)
+    experiment.curve.return_value, experiment.keeps_best = np.array([[0.5, 0.5], [1.0, np.nan]]), True
+    row, _, selects = experiment.measure(state, 0.5)
+    assert row[2] == (1 + experiment.worst) / 2, "a task that diverged counts as the worst"
+    assert selects == (0.5 if experiment.metric_name == "accuracy" else -np.inf), "larger is better"
+    experiment.curve.return_value = np.array([[1.0, 101.0]])
+    ((_, (summary,)),) = experiment.test(None, {"eval_tasks": 9, "eval_steps": 1, "eval_shots": 7})
+    assert experiment.curve.call_args.args == (None, "test", 9, 7, 1)
+    assert summary["diverged"] == (experiment.metric_name == "mse")
+
+
+@pytest.mark.parametrize("method, score", [("--method maml", -2), ("--baseline oracle", -26.5)])
+def test_a_score_of_returns_is_of_validation_goals_after_adaptation_where_there_is_some(method, score):
+    experiment, state = rl_experiment("navigation", method), maml.State.start(np.zeros(1))
+    experiment.curve = Mock(return_value=np.array([[-100.0], [-3.0], [-2.0], [-1.0]]))
+    row, text, selects = experiment.measure(state, (1, 2, 0.5, 15, 9.0))
+    given = {"before": 1, "after": 2, "kl": 0.5, "backtracks": 15, "validation": score}
+    assert dict(zip(experiment.columns, row, strict=True)) == given
+    assert selects == score and "no step accepted: theta kept" in text
+    assert experiment.measure(state._replace(iteration=6), (1, 2, 0.5, 3, 9.0))[2] is None
+    how = 20, 20, 3, 0.5  # tasks, trajectories, and the table's steps and shrink
+    experiment.curve.assert_called_once_with(state.theta, "validation", *how)
+    experiment.curve.return_value = np.array([[np.nan]])
+    ((_, (summary,)),) = experiment.test(None, {"eval_tasks": 9, "eval_trajectories": 7})
+    assert experiment.curve.call_args.args == (None, "test", 9, 7) and summary["mean"] == -np.inf
 
 
 @pytest.mark.parametrize("task, turned", [("omniglot", True), ("miniimagenet", False)])
