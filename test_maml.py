@@ -1619,13 +1619,13 @@ def test_every_purpose_has_its_own_classes_and_of_every_seed_its_own_stream():
 
 
 @pytest.mark.parametrize(
-    "words, drawn", [("sinusoid", (100, 10, 1)), ("omniglot --shots 2 --query 5 --steps 3", (600, 2, 3))]
+    "words, asked", [("sinusoid", (100, 10, 1)), ("omniglot --shots 2 --query 5 --steps 3", (600, 2, 3))]
 )
-def test_a_score_is_of_validation_tasks_after_adaptation(words, drawn):
+def test_a_score_is_of_validation_tasks_after_adaptation(words, asked):
     experiment, state = experiment_of("--task", words), maml.State.start(np.zeros(1))
     experiment.curve = Mock(return_value=np.array([[-100.0], [-3.0], [-2.0], [-1.0]]))
     row, _, selects = experiment.measure(state, 0.5)
-    experiment.curve.assert_called_once_with(state.theta, "validation", *drawn)  # tasks, K, steps
+    experiment.curve.assert_called_once_with(state.theta, "validation", *asked)  # tasks, K, steps
     assert dict(zip(experiment.columns, row, strict=True)) == {"loss": 0.5, "before": -100, "after": -1}
     assert selects == (-1 if experiment.keeps_best else None)
     experiment.curve.return_value, experiment.keeps_best = np.array([[0.5, 0.5], [1.0, np.nan]]), True
