@@ -28,7 +28,8 @@ from cli import one_blas_thread as one_blas_thread  # for programs of one's own
 def adapt(loss, theta, support, alpha, steps):
     """theta_{s+1} = theta_s - alpha ∇L(theta_s; support), s = 0 ... steps - 1, theta_0 = theta (section 2.2).
 
-    theta [P] or [T, P]; alpha a number or an array [P] -> theta_steps [T, P]. Autograd can trace it.
+    theta [P] or [T, P]; alpha a number or an array [P] -> theta_steps [T, P]. Autograd can trace it where it
+    can trace the loss's gradient, as it can `nets.Loss.grad`.
     """
     alpha = _checked(theta, support, alpha, steps)
     for _ in range(steps):
