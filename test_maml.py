@@ -221,6 +221,7 @@ def test_theta_is_laid_out_as_documented():
     arrays = network.unflatten(theta)
     assert np.array_equal(np.concatenate([a.ravel() for a in arrays.values()]), theta)
     assert np.array_equal(network.flatten(dict(reversed(arrays.items()))), theta), "by name, in any order"
+    assert all(np.shares_memory(a, theta) for a in arrays.values())
     with refused("the arrays have shapes .*; expected"):
         network.flatten(arrays | {"w1": arrays["w1"].T})
     assert list(nets.mlp((4, 3, 2), normalize=True).shapes) == ["w1", "beta1", "w2", "b2"]
@@ -622,8 +623,9 @@ def test_every_class_and_image_is_as_likely_in_every_place():
 
 def test_floats_pass_unscaled():
     images = np.random.default_rng(0).random((3, 2, 4, 4, 1))
-    (x, y), _ = tasks.few_shot(np.random.default_rng(1), images, 5, 3, 1, 1)
-    assert x.dtype == y.dtype == np.float32 and np.isin(x, images.astype(np.float32)).all()
+    for dtype in (np.float32, np.float64):
+        (x, y), _ = tasks.few_shot(np.random.default_rng(1), images, 5, 3, 1, 1, dtype=dtype)
+        assert x.dtype == y.dtype == dtype and np.isin(x, images.astype(dtype)).all()
 
 
 def test_labelled_images_carry_their_class_and_so_does_the_nearest():
