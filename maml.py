@@ -48,6 +48,7 @@ def meta_gradient_by_definition(loss, theta, support, query, alpha, steps):
     The reference for everything below: it calls the loss alone, none of its closed forms. Its graph
     keeps every intermediate result of every step.
     """
+    _checked(theta, support, alpha, steps, 2, query)
     return value_and_grad(meta_loss, 1)(lambda *data: loss(*data), theta, support, query, alpha, steps)
 
 
@@ -162,6 +163,7 @@ def reptile_gradient(loss, theta, support, query, alpha, steps):
 
     It needs no query set, so the inner steps see the examples of both. One step is joint training.
     """
+    _checked(theta, support, alpha, steps, 1, query)
     both = [np.concatenate(pair, axis=1) for pair in zip(support, query)]
     adapted = adapt(loss, theta, both, alpha, steps)
     return loss(adapted, *query).mean(), theta - adapted.mean(axis=0)
@@ -375,7 +377,7 @@ EVALUATION = cli.table_of(  # may differ at every evaluation
 
 
 def conditional_defaults(args, task, method):
-    """The defaults that depend on other flags (paper, A.1): {setting: value}; Unusable where none goes."""
+    """The defaults that other flags change (paper, A.1; Reptile): {name: value}; Unusable where none goes."""
     other = {"oracle": ("sinusoid",), "nearest": ("omniglot", "miniimagenet")}.get(method, TASKS)
     if task not in other:
         raise Unusable(f"--baseline {method} is for --task {' or '.join(other)}, not {task}")

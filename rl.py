@@ -6,14 +6,14 @@ P parameters. Where the order of steps does not matter, [T, n, ...] has n of the
 ends early is padded with steps whose mask is 0; `adaptation` leaves them out, and no mean counts them.
 
 Inside, theta'_i = theta - alpha ∇L_i(theta), L_i = -mean over steps of log pi_theta(a | s) A, whose
-gradient estimates that of eq. (4), differentiated as it stands. Outside, with J_i = dtheta'_i / dtheta, a
+gradient estimates that of eq. (4), differentiated on fixed steps. Outside, with J_i = dtheta'_i / dtheta, a
 product of I - alpha H,
 
     max over theta of  mean_i mean over steps of pi_theta'_i(a | s) / pi_old(a | s) A
     subject to         mean_i KL(pi_old, pi_theta'_i) <= max_kl
 
-on the steps that the adapted policies took. At the old theta the constraint's Hessian is mean_i J_iᵀ F_i J_i,
-F_i the Fisher matrix of the adapted policy: exact, with no third derivative, as the gradient of the KL is 0.
+on the steps that pi_old, the adapted policies, took. At the old theta the constraint's Hessian is mean_i J_iᵀ
+F_i J_i, F_i the its Fisher matrix: exact, with no third derivative, as the gradient of the KL is 0.
 """
 
 import os
@@ -334,7 +334,7 @@ def baseline(observations, targets, mask, ridge=1e-5):
 
 
 def advantages(rewards, values, mask, discount, lam):
-    """A_t = Σ_k (discount lam)^k δ_{t+k}, δ_t = r_t + discount V_{t+1} - V_t, [T, B, H]; 0 where mask is.
+    """A_t = Σ_k (discount lam)^k δ_{t+k}, δ_t = r_t + discount V_{t+1} - V_t, [T, B, H]; 0 where mask is 0.
 
     V is 0 after the last step, at the horizon too. Normalised over a task's steps to mean 0 and (population)
     standard deviation 1.
@@ -348,7 +348,7 @@ def advantages(rewards, values, mask, discount, lam):
 
 
 def batch_of(episodes, discount, lam):
-    """Episodes for `PolicyGradient`: x [T, n, d], y [T, n, 2a] = [a, A / steps]; A is 0 where mask is."""
+    """Episodes for `PolicyGradient`: x [T, n, d], y [T, n, 2a] = [a, A / steps]; A is 0 where mask is 0."""
     observations, actions, rewards, mask = episodes
     values = baseline(observations, discounted(rewards, discount), mask)
     a = advantages(rewards, values, mask, discount, lam)
@@ -550,7 +550,7 @@ def adaptation(settings, loss, theta, trajectories, rates, goals, seeds):
     """Trajectories of theta, [P] or [T, P], before and after each inner step: yields Episodes, batches.
 
     theta_{s+1} = theta_s - rates[s] ∇L(theta_s; batch) in each task, whose batch is that of the
-    steps taken, x [1, n, d], y [1, n, 2a]. A seed each time, one more than rates.
+    steps taken, x [1, n, d], y [1, n, 2a]. Seeds: one more than rates.
     """
     environment = environment_of(settings, goals, trajectories)
     theta = np.broadcast_to(theta, (len(goals), theta.shape[-1]))
