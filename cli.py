@@ -13,6 +13,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
@@ -216,7 +217,7 @@ def check_outputs(args, columns):
     files = [(own, save), (own, save and best_of(save))]
     files += [(flag, getattr(args, flag)) for flag in ("log", "results", "plot")]
     read = [("evaluate", path) for path in args.evaluate or ()]
-    if save != args.resume:
+    if save and os.path.realpath(save) != os.path.realpath(args.resume or ""):
         read.append(("resume", args.resume))
         for found in (save, best_of(save)):
             if os.path.isfile(found):
@@ -332,8 +333,9 @@ def begin_log(path, columns, iteration, every):
     """
     head, rows = ["iteration", *columns], []
     if os.path.exists(path):
-        with open(path, newline="", errors="replace") as file:
-            lines = [line.split(",") for line in file.read().splitlines()]
+        whole = re.compile(r"\d+(,[-+.\deinfa]+)+,?\n")  # none torn by a full disk; validation may be empty
+        with open(path, errors="replace") as file:
+            lines = [line[:-1].split(",") for line in file if whole.fullmatch(line)]
         due = {str(i) for i in range(every, iteration + 1, every)}
         rows = [row for row in lines if len(row) == len(head) and row[0] in due]
     with writing(path) as file:
@@ -353,7 +355,10 @@ def main(module, argv=None):
     classify(models, args), where its parser has --adapt.
     """
     one_blas_thread()
-    return guarded(f"{module.__name__}.py", lambda: run(module.build_parser().parse_args(argv), module))
+    code = guarded(f"{module.__name__}.py", lambda: run(module.build_parser().parse_args(argv), module))
+    if argv is None:  # the process ends, and waits for its workers' last parcels: Ctrl-C may end that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
 
 
 def guarded(name, function):
@@ -479,7 +484,7 @@ def meta_train(experiment, state, best, rng, args, module):
             if save and (i % experiment.save_every == 0 or last or stopping):
                 save_checkpoint(save, experiment.settings, state, best, rng)
             progress.show(i, outcome)
-            if stopping:
+            if stopping or last and asked.is_set():
                 hint = "nothing was saved (no --save)"
                 if save:
                     model = best_of(save) if last and final.score > -np.inf else save
@@ -612,8 +617,10 @@ def workers_of(args, module):
             pool = process_pool(args.workers)
         except NO_PROCESSES as error:
             raise Unusable(f"--workers: none can be had here ({error}); leave it out") from None
-        with pool:
+        try:
             yield partial(pool_map, pool)
+        finally:
+            pool.shutdown(wait=False)  # an interruption waits for no parcel; the process's end does
     elif args.scheduler:
         with dask_client(args.scheduler, module) as client:
             yield partial(_dask_map, client)
@@ -668,9 +675,14 @@ def pool_map(pool, function, *columns):
     """pool.map, whose new workers ignore Ctrl-C from the start."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.map(function, *columns)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        try:
+            return pool.map(function, *columns)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    except KeyboardInterrupt:  # of meanwhile: nobody has the results yet, whose end cancels what waits
+        pool.shutdown(wait=False, cancel_futures=True)
+        processes.cache_clear()
+        raise
 
 
 def _dask_map(client, function, *columns):

@@ -590,6 +590,7 @@ class ImageExperiment(Experiment):
         samples = [("training", self.meta_batch()["sample"])]
         samples += [("validation", self.sample("validation", s["shots"]))]
         samples += [("test", self.sample("test", k)) for k in np.atleast_1d(asked["eval_shots"]).tolist()]
+        samples += [("test", self.sample("test", s["shots"], 1))]  # the picture's
         for purpose, sample in samples:
             try:
                 sample(self.stream(purpose), tasks=1)

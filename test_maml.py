@@ -619,6 +619,8 @@ def test_every_class_and_image_is_as_likely_in_every_place():
         counts = np.bincount(np.rint(255 * place).astype(int), minlength=20)
         assert abs(counts - 400).max() < 100  # with a deviation of 19.5
         assert ((counts - 400) ** 2 / 400).sum() < 50  # chi-squared with 19 degrees: p = 1e-4
+    numbers = np.rint(255 * x[..., 0, 0, 0]) % 4
+    assert abs((numbers[:, 0] == numbers[:, 1]).mean() - 1 / 4) < 0.03, "each class's is drawn on its own"
 
 
 def test_floats_pass_unscaled():
@@ -663,6 +665,13 @@ def test_zips_and_folders_in_any_order_become_area_averages_of_the_ink(tmp_path)
         assert abs(found / 255 - means).max() <= 0.5001 / 255
     sent = pickle.dumps(a["test"])
     assert len(sent) < 500 and np.array_equal(pickle.loads(sent), a["test"])
+
+
+def test_omniglots_characters_are_split_as_the_authors_code_does(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", np.zeros((1623, 64), np.uint8))
+    monkeypatch.setattr(tasks, "_part", lambda _, name: (name, None))
+    monkeypatch.setattr(tasks, "_cached", lambda *_: tasks.Split(tmp_path / "a.npy"))
+    assert [len(split) for split in tasks.load_omniglot("a").values()] == [1100, 100, 423]
 
 
 def test_a_cache_that_is_not_what_was_written_is_refused(tmp_path):
@@ -1076,11 +1085,14 @@ def test_a_damaged_tail_of_the_log_is_healed(folder, monkeypatch):
     monkeypatch.setattr(maml.Experiment, "log_every", 10)
     command(QUICK, "--iterations 60 --log whole.csv")
     command(QUICK, "--iterations 30 --save part.npz --log part.csv")
-    for tail in ["", "30,", "30,1,1,1,1", "40,9,9,9\n50,9,", "40,,,", "\0\0\0\0", "x,1,1,1", "²,1,1,1"]:
+    part, whole = (Path(name).read_text().splitlines(keepends=True) for name in ("part.csv", "whole.csv"))
+    tails = ["", "30,", "30,1,1,1,1", "40,9,9,9\n50,9,", "40,,,", "\0\0\0\0", "x,1,1,1", "²,1,1,1"]
+    torn = [part[3][:-3], part[3][:-3] + "\0\0\n", "30,,,\n"]
+    for kept, tail in [*((4, tail) for tail in tails), *((3, tail) for tail in torn)]:
         shutil.copy("part.npz", "a.npz")
-        Path("a.csv").write_text(Path("part.csv").read_text() + tail)
-        assert command("--resume a.npz --iterations 60 --log a.csv --eval-tasks 2") == 0
-        assert Path("a.csv").read_text() == Path("whole.csv").read_text(), tail
+        Path("a.csv").write_text("".join(part[:kept]) + tail)
+        assert command("--resume a.npz --save ./a.npz --iterations 60 --log a.csv --eval-tasks 2") == 0
+        assert Path("a.csv").read_text() == "".join(whole[:kept] + whole[4:]), tail
 
 
 @pytest.mark.parametrize(
@@ -1089,29 +1101,36 @@ def test_a_damaged_tail_of_the_log_is_healed(folder, monkeypatch):
         (1, 8, "--save a.npz --log b.csv", "--resume a.npz --log b.csv"),
         (1, 8, "", ""),
         (1, 40, "--save a.npz --log b.csv --results c.csv", "--evaluate a.best.npz --results c.csv"),
+        (0, 40, "--save a.npz", "--evaluate a.best.npz"),
         (2, 8, "--save a.npz", ""),
     ],
 )
 def test_ctrl_c_ends_the_next_iteration_a_second_this(folder, monkeypatch, capsys, presses, at, save, hint):
-    """Pressed when it is too late for the checkpoint of the iteration before."""
+    """Pressed when it is too late for the checkpoint of the iteration before, or (0) during validation."""
+    measure = maml.Experiment.measure
 
     def press(progress, iteration, outcome):
         for _ in range(presses if iteration == at - 1 else 0):
             os.kill(os.getpid(), signal.SIGINT)
 
+    def pressed(*given):
+        signal.raise_signal(signal.SIGINT)
+        return measure(*given)
+
     monkeypatch.setattr(cli.Progress, "show", press)
+    monkeypatch.setattr(maml.Experiment, "measure", measure if presses else pressed)
     monkeypatch.setattr(maml.Experiment, "keeps_best", at == 40)
     before = signal.signal(signal.SIGINT, handler := lambda *_: None)
     assert command(QUICK, save, "--eval-shots 5 7") == 130
     assert signal.signal(signal.SIGINT, before) is handler, "given back"
     way_on = f"saved; go on with {hint} --eval-tasks 8 --eval-shots 5 7"
     hint = way_on if save else "nothing was saved (no --save)"
-    line = f"interrupted at iteration {at}: {hint}" if presses == 1 else "interrupted"
+    line = f"interrupted at iteration {at}: {hint}" if presses < 2 else "interrupted"
     assert capsys.readouterr().err.endswith(f"maml.py: {line}\n")
     assert os.path.exists("a.npz") == bool(save)
     if save:
         assert command("--evaluate a.npz --eval-tasks 2") == 0
-        assert f" {at if presses == 1 else 0} meta-iterations" in capsys.readouterr().out
+        assert f" {at if presses < 2 else 0} meta-iterations" in capsys.readouterr().out
 
 
 def test_the_way_on_after_ctrl_c_has_every_flag_that_no_checkpoint_keeps():
@@ -1351,6 +1370,14 @@ def test_help_gives_every_setting_with_its_default(module, capsys):
 @pytest.fixture
 def matplotlib():
     return pytest.importorskip("matplotlib", reason="needs matplotlib")
+
+
+def test_the_pictures_images_are_there_before_training(folder, monkeypatch, capsys):
+    images = {"train": 12, "val": 10, "test": 4}
+    images = {split: np.zeros((5, each, 84, 84, 3), np.uint8) for split, each in images.items()}
+    monkeypatch.setattr(tasks, "load_miniimagenet", lambda _: images)
+    assert command("--task miniimagenet --data a --shots 5 --query 5 --eval-shots 2") == 2
+    assert "a, test: 5 support and 1 query images" in capsys.readouterr().err
 
 
 def test_plot_draws_one_model_and_a_log_of_any_length(matplotlib, glyphs):
@@ -1832,6 +1859,32 @@ def test_a_run_that_loses_its_user_or_a_worker_ends_with_one_line_and_all_worker
     wait_for(lambda: not any(map(alive, workers)))
     said = Path("stderr").read_text()
     assert line in said.splitlines()[-1] and "Traceback" not in said
+
+
+def test_a_second_ctrl_c_ends_the_wait_for_workers(glyphs):
+    """Each of whose parcels takes minutes."""
+    assert command(SMALL_GLYPHS, "--iterations 1 --save b.npz") == 0
+    with open("stderr", "w") as stderr:
+        words = "--evaluate b.npz --data glyphs --eval-tasks 1000 --eval-steps 100000 --workers 2"
+        run = process(words, start_new_session=True, stderr=stderr)
+        try:
+            for line in ("evaluating", "--evaluate makes"):
+                wait_for(lambda line=line: line in Path("stderr").read_text() and len(children(run)) > 2, run)
+                time.sleep(0.5)
+                os.killpg(run.pid, signal.SIGINT)
+            assert run.wait(60) == -signal.SIGINT
+        finally:
+            run.kill()
+    assert "Traceback" not in Path("stderr").read_text()
+
+
+def test_ctrl_c_while_parcels_are_sent_cancels_them(tmp_path, monkeypatch):
+    pool = cli.process_pool(1)
+    monkeypatch.setattr(signal, "pthread_sigmask", Mock(side_effect=[set(), KeyboardInterrupt]))
+    with pytest.raises(KeyboardInterrupt):
+        cli.pool_map(pool, Path.touch, [tmp_path / str(i) for i in range(99)])
+    pool.shutdown()
+    assert len(list(tmp_path.iterdir())) < 9, "but for what the worker had"
 
 
 def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(folder):
