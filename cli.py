@@ -679,7 +679,7 @@ def pool_map(pool, function, *columns):
             return pool.map(function, *columns)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    except KeyboardInterrupt:  # of meanwhile: nobody has the results yet, whose end cancels what waits
+    except KeyboardInterrupt:  # nobody has the results yet, which cancel what waits when they are given up
         pool.shutdown(wait=False, cancel_futures=True)
         processes.cache_clear()
         raise

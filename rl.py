@@ -12,8 +12,8 @@ product of I - alpha H,
     max over theta of  mean_i mean over steps of pi_theta'_i(a | s) / pi_old(a | s) A
     subject to         mean_i KL(pi_old, pi_theta'_i) <= max_kl
 
-on the steps that pi_old, the adapted policies, took. At the old theta the constraint's Hessian is mean_i J_iᵀ
-F_i J_i, F_i the its Fisher matrix: exact, with no third derivative, as the gradient of the KL is 0.
+on the steps that pi_old took, the adapted policy at the old theta. There the constraint's Hessian is
+mean_i J_iᵀ F_i J_i, F_i its Fisher matrix: exact, with no third derivative, as the KL's gradient is 0.
 """
 
 import os

@@ -1141,13 +1141,16 @@ def test_the_way_on_after_ctrl_c_has_every_flag_that_no_checkpoint_keeps():
     assert maml.build_parser().parse_args(several).eval_shots == [1, 2]
 
 
-@pytest.mark.parametrize("module, run, lower", [(maml, QUICK + " --beta 100", "beta"), (rl, WALK, "max-kl")])
-def test_a_diverging_run_says_where_and_keeps_what_was(folder, capsys, monkeypatch, module, run, lower):
+@pytest.mark.parametrize(
+    "module, run, what, lower",
+    [(maml, QUICK + " --beta 100", "meta-loss is", "beta"), (rl, WALK, "not finite", "max-kl")],
+)
+def test_a_diverging_run_says_where_and_keeps_what_was(folder, capsys, monkeypatch, module, run, what, lower):
     monkeypatch.setattr(module.Experiment, "save_every", 1)
     monkeypatch.setattr(rl, "fisher", lambda out: np.full_like(out, np.nan))
     assert command(run, "--save a.npz", module=module) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    stopped = int(re.search(rf"iteration (\d+).*--alpha or --{lower}; a.npz.*--evaluate it", message)[1])
+    stopped = int(re.search(rf"{what}.*iteration (\d+).*or --{lower}; a.npz.*--evaluate it", message)[1])
     saved = arrays("a.npz")
     assert int(saved["iteration"]) == stopped - 1 and np.isfinite(saved["theta"]).all()
 
@@ -1849,6 +1852,7 @@ def test_a_run_that_loses_its_user_or_a_worker_ends_with_one_line_and_all_worker
         try:
             wait_for(there, run)
             workers = [*filter(alive, children(run))]
+            assert (len(workers) > 1) == (words == WORKERS)
             if code == 130:
                 os.killpg(run.pid, signal.SIGINT)
             else:
