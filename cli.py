@@ -255,8 +255,9 @@ def check_writable(flag, path, head=None, alone=False):
 
 
 def save_checkpoint(path, settings, state, best, rng):
-    """An .npz of `state`, `best`, the generator's state and the settings, the last two as JSON text."""
-    texts = {"settings": json.dumps(settings), "rng": json.dumps(rng.bit_generator.state)}
+    """An .npz of `state`, `best`, the generator's state and the settings, the last two as bytes of JSON."""
+    values = {"settings": settings, "rng": rng.bit_generator.state}
+    texts = {name: json.dumps(value).encode() for name, value in values.items()}
     with writing(path) as file:
         np.savez(file, **arrays_of(state, best), **texts)
 
@@ -264,7 +265,7 @@ def save_checkpoint(path, settings, state, best, rng):
 def save_weights(path, settings, theta, iteration):
     """What evaluation needs of a checkpoint, as an .npz: nothing to go on from."""
     with writing(path) as file:
-        np.savez(file, theta=theta, iteration=iteration, settings=json.dumps(settings))
+        np.savez(file, theta=theta, iteration=iteration, settings=json.dumps(settings).encode())
 
 
 def arrays_of(state, best):
@@ -284,7 +285,7 @@ def load_checkpoint(path, module):
             if sum(member.file_size for member in members.zip.infolist()) > os.path.getsize(path):
                 raise ValueError("it is compressed, and --save compresses nothing")
             arrays = dict(members)
-        settings = json.loads(str(arrays.pop("settings")))
+        settings = json.loads(arrays.pop("settings").item())
         expected = settings_of(module.build_parser().parse_args(words_of(settings, module)), module)
         if expected != settings:
             raise ValueError(f"it has {', '.join(settings)}, where {', '.join(expected)} are expected")
@@ -315,7 +316,7 @@ def unpacked(arrays, start):
     if rng is None:
         return state, None, None
     generator = np.random.default_rng(0)
-    generator.bit_generator.state = json.loads(str(rng))
+    generator.bit_generator.state = json.loads(rng.item())
     return state, Best(*(values[f"best_{name}"] for name in Best._fields)), generator
 
 

@@ -1226,7 +1226,7 @@ def files(tmp_path_factory, omniglot):
     np.savez(folder / "pickled.npz", theta=np.array([{}], object), settings="{}")
     saved = arrays(good)
     np.savez_compressed(folder / "bomb.npz", **saved | {"theta": np.zeros(10**7, np.float32)})
-    settings = json.loads(str(saved["settings"]))
+    settings = json.loads(saved["settings"].item())
     for name, change in {
         "task": {"settings": json.dumps(settings | {"task": "omelette"})},
         "extra": {"settings": json.dumps(settings | {"help": ""})},

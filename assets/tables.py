@@ -36,7 +36,7 @@ def loaded(weights):
     """A model -> settings, State, experiment, `results`, and K: the published one where there is one."""
     try:
         with np.load(weights) as arrays:
-            task = json.loads(str(arrays["settings"]))["task"]
+            task = json.loads(arrays["settings"].item())["task"]
         module = rl if task in rl.TASKS else maml
         settings, state, *_ = cli.load_checkpoint(str(weights), module)
         experiment, found = module.experiment_of(settings), results(weights.with_suffix(".csv"))
