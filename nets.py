@@ -122,7 +122,7 @@ class Network:
     def _checked(self, theta, x):
         flat = 1 in (x.ndim - 2, len(self.inputs)) and math.prod(x.shape[2:]) == math.prod(self.inputs)
         if x.ndim < 3 or 0 in x.shape or x.shape[2:] != self.inputs and not flat:
-            raise ValueError(f"x has shape {x.shape}; expected (tasks, examples, *{self.inputs}), none 0")
+            raise ValueError(f"x has shape {x.shape}; expected (tasks, examples, *{self.inputs}), not empty")
         if theta.shape not in ((self.size,), (len(x), self.size)):
             expected = f"({self.size},) or (tasks, {self.size})"
             raise ValueError(f"theta has shape {theta.shape}, x {x.shape}; expected theta {expected}")

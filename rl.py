@@ -330,7 +330,7 @@ def baseline(observations, targets, mask, ridge=1e-5):
     y = targets.reshape(len(phi), -1, 1)
     gram, right = phi.mT @ phi, phi.mT @ y
     w = np.linalg.solve(gram + ridge * np.eye(phi.shape[-1]), right)
-    return (phi @ w).reshape(targets.shape).astype(targets.dtype)
+    return (phi @ w).reshape(targets.shape).astype(np.result_type(targets, np.float32))
 
 
 def advantages(rewards, values, mask, discount, lam):

@@ -2,7 +2,7 @@
 """Task distributions p(T), each drawn a whole meta-batch at once.
 
 A sampler takes a numpy.random.Generator first and returns support, query: two pairs (x, y) of arrays
-[tasks, examples, ...], cut from one draw.
+[tasks, examples, ...], cut from one draw (`labelled`: the same twice).
 
 Images are read once into memory-mapped arrays. A split is uint8 [classes, images of a class, height, width,
 channels], 255 for 1.0. What is wrong with a data set raises a ValueError of one line that names the file or
@@ -17,7 +17,6 @@ import secrets
 import shutil
 import struct
 import sys
-import unicodedata
 import urllib.request
 import zipfile
 import zlib
@@ -59,7 +58,8 @@ def few_shot(rng, images, tasks, ways, shots, query_shots, rotate=False, dtype=n
     """A meta-batch of N-way K-shot tasks -> support, query, each an (x, y) pair.
 
     images: [classes, each, h, w, c], uint8 (255 is 1.0) or floats in [0, 1]; memory-mapped will do.
-    x [tasks, ways*shots, h, w, c] in [0, 1]; y one-hot [tasks, ways*shots, ways]; both of `dtype`.
+    x [tasks, ways*shots, h, w, c] in [0, 1] (query: ways*query_shots); y one-hot [tasks, ways*shots, ways];
+    both of `dtype`.
 
     Each task draws `ways` distinct classes, numbered in the order drawn, so that a label means nothing beyond
     its task, then shots + query_shots distinct images of each: uniformly, all without replacement. Examples
@@ -126,7 +126,7 @@ class Split:
     """Some classes of the images in a .npy file: what travels to workers is the file's name, not its pixels.
 
     As an array, or indexed, it is the file's memory map, opened for that use alone. OSError where the end of
-    the file, a cache's digest of its pixels, is no more what it was: other images took their place.
+    the file, a cache's digest of its pixels, has changed: other images took their place.
     """
 
     def __init__(self, file, start=0, stop=None):
@@ -184,15 +184,13 @@ def load_omniglot(path):
 def _part(path, part):
     """A zip, or the folder that it unpacks to -> what tells it from others, () -> {name: what opens it}."""
     file = path / f"{part}.zip"
-    try:
+    with _explained(f"{path / part}: cannot be read", "see to it that it can"):
         if file.is_file():
             with file.open("rb") as opened:
                 data = opened.read(1 << 28)
             return hashlib.sha256(data).hexdigest(), partial(_zipped, file, data)
         found = sorted(filter(_usable, glob(f"{part}/*/*/*.png", root_dir=path)))
         stats = {name: os.stat(path / name) for name in found if os.path.isfile(path / name)}
-    except OSError as error:
-        raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
     if not stats:
         raise ValueError(f"{path}: neither {part}.zip nor {part}/*/*/*.png; fetch {OMNIGLOT_URL}/{part}.zip")
     stamps = [(name, s.st_size, s.st_mtime_ns) for name, s in stats.items()]
@@ -202,14 +200,11 @@ def _part(path, part):
 def _zipped(file, data):
     """{name: what opens it} of the images in a zip, from which nothing is extracted."""
     image = re.compile(rf"{file.stem}(/[^/.][^/]*){{3}}\.png")
-    try:
+    with _explained(f"{file}: no whole zip file", f"fetch {OMNIGLOT_URL}/{file.name} again"):
         archive = zipfile.ZipFile(io.BytesIO(data))
         names = [name for name in archive.namelist() if image.fullmatch(name) and _usable(name)]
         if not names:
             raise ValueError(f"it holds no {file.stem}/*/*/*.png")
-    except Exception as error:
-        hint = f"fetch {OMNIGLOT_URL}/{file.name} again"
-        raise ValueError(f"{file}: no whole zip file ({one_line(error)}); {hint}") from error
     return dict.fromkeys(names, archive.open)
 
 
@@ -217,9 +212,9 @@ def _characters(parts):
     """Each () -> {name: what opens it} -> the shape of all images, and an iterator of each class's pixels."""
     openers = {name: opener for part in parts for name, opener in part().items()}
     classes = {name: list(files) for name, files in groupby(sorted(openers), os.path.dirname)}
-    each = max(map(len, classes.values()))
+    each = sorted(map(len, classes.values()))[len(classes) // 2]
     for name, files in classes.items():
-        if len(files) < each:
+        if len(files) != each:
             found = f"{len(files)} images, where others have {each}"
             raise ValueError(f"{name}: {found}; fetch the archive again")
     names, weights = np.random.default_rng(0).permutation(sorted(classes)), area_weights(105, 28)
@@ -236,7 +231,7 @@ def area_weights(size, to):
 
 def _ink(name, opener):
     """A 1-bit grey 105x105 PNG, its rows unfiltered as in Omniglot's archives -> uint8 [105, 105], ink 1."""
-    try:
+    with _explained(f"{name}: does not decode", "fetch the archive again"):
         with opener(name) as file:
             data = file.read(1 << 16)  # the largest has 522 bytes
         if not data.startswith(PNG_START):
@@ -244,15 +239,11 @@ def _ink(name, opener):
         chunks, packed, kind = io.BytesIO(data[8:]), b"", None
         while kind != b"IEND":
             length, kind = struct.unpack(">I4s", chunks.read(8))
-            body, checksum = chunks.read(length), chunks.read(4)
-            if zlib.crc32(kind + body).to_bytes(4, "big") != checksum:
-                raise ValueError("broken checksum")
+            body = chunks.read(length + 4)[:length]  # no checksum: the pixels end in one of their own
             packed += body if kind == b"IDAT" else b""
         raw = zlib.decompress(packed)
         if len(raw) != 105 * 15 or any(raw[::15]):
             raise ValueError("broken or filtered pixel data")
-    except Exception as error:
-        raise ValueError(f"{name}: does not decode ({one_line(error)}); fetch the archive again") from error
     return 1 - np.unpackbits(np.frombuffer(raw, np.uint8).reshape(105, 15)[:, 1:], axis=1, count=105)
 
 
@@ -266,7 +257,7 @@ def download_omniglot(folder, url=OMNIGLOT_URL, md5=OMNIGLOT_MD5, timeout=20):
         file = Path(folder, name)
         if file.exists() or file.with_suffix("").is_dir():
             continue
-        try:
+        with _explained(f"cannot fetch {url}/{name}", f"fetch it and put it into {folder}"):
             with urllib.request.urlopen(f"{url}/{name}", timeout=timeout) as response:
                 megabytes = islice(iter(partial(response.read, 10**6), b""), 32)
                 data = b"".join(_counted(megabytes, f"{name}:", "MB"))
@@ -276,9 +267,6 @@ def download_omniglot(folder, url=OMNIGLOT_URL, md5=OMNIGLOT_MD5, timeout=20):
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file) as opened:
                 opened.write(data)
-        except Exception as error:
-            hint = f"fetch it and put it into {folder}"
-            raise ValueError(f"cannot fetch {url}/{name} ({one_line(error)}): {hint}") from error
 
 
 # MiniImagenet ----------------------------------------------------------------------------------
@@ -302,8 +290,6 @@ def _photos(path, split):
     classes = _folders(folder)
     small = min(classes, key=lambda name: len(classes[name]))
     count = len(classes[small])
-    if not count:
-        raise ValueError(f"{folder / small}: no images; add some, or remove it")
     if any(len(files) > count for files in classes.values()):
         tell(f"{folder}: every class is cut to the {count} images of {small}")
     cut = [(name, files[:count]) for name, files in classes.items()]
@@ -315,17 +301,16 @@ def _photos(path, split):
     return _cached(path, f"miniimagenet-{split}", ["miniimagenet 84 lanczos 1", cut], build)
 
 
-def _folders(folder):
-    """{class: [(file, size, time), ...]} of a folder per class, both in the order of their names."""
-    try:
-        classes = sorted(f.name for f in os.scandir(folder) if f.is_dir() and _usable(f.name))
+def _folders(folder, but=None):
+    """{class: [(file, size, time), ...]} of a folder per class, both in order; none is empty."""
+    with _explained(f"{folder}: cannot be read", "it should be a folder of one folder per class"):
+        classes = sorted({f.name for f in os.scandir(folder) if f.is_dir() and _usable(f.name)} - {but})
         files = [filter(_image, os.scandir(folder / name)) for name in classes]
         stats = [sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in some) for some in files]
-    except OSError as error:
-        hint = f"{folder} should be a folder of one folder per class"
-        raise ValueError(f"{error.filename}: {error.strerror}; {hint}") from error
     if not classes:
         raise ValueError(f"{folder}: no folders; it should hold one folder of images per class")
+    if [] in stats:
+        raise ValueError(f"{folder / classes[stats.index([])]}: no JPEG or PNG; add some, or remove it")
     return dict(zip(classes, stats, strict=True))
 
 
@@ -341,13 +326,11 @@ def load_own(folder, shape, dtype=np.float32):
     With one channel dark is ink, 1.
     """
     folder = Path(folder)
-    classes = {name: files for name, files in _folders(folder).items() if name != "query"}
+    classes = _folders(folder, but="query")
     beside = [file for where in (folder, folder / "query") for file in where.glob("[!.]*")]
     queries = sorted(filter(_image, beside))
-    for name, files in [*classes.items(), ("", queries)]:
-        if not files:
-            what = "a class needs support images" if name else "put queries beside the classes"
-            raise ValueError(f"{folder / name}: no JPEG or PNG: {what}")
+    if not queries:
+        raise ValueError(f"{folder}: no JPEG or PNG: put queries beside the classes")
     if left := sum(not file.is_dir() for file in beside) - len(queries):
         tell(f"{folder}: {left} of the files to classify left out, being no JPEG or PNG of a plain name")
     files = [folder / name / file for name, some in classes.items() for file, *_ in some]
@@ -369,21 +352,19 @@ def _photo(shape, file):
 
     height, width, channels = shape
     mode, resampling = ("RGB", Image.Resampling.LANCZOS) if channels == 3 else ("L", Image.Resampling.BOX)
-    try:
+    with _explained(f"{file}: does not decode", "replace or remove it"):
         with Image.open(file, formats=("JPEG", "PNG")) as image:
             if image.width * image.height > 1 << 25:
                 raise ValueError(f"{image.width}x{image.height} pixels, and 2^25 are the most")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey, which conversion would cut off at 255
-                image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
+                grey, clear = np.asarray(image, np.uint16), image.info.get("transparency")
+                image = Image.fromarray((np.where(grey == clear, 65535, grey) >> 8).astype(np.uint8))
             if "A" in image.getbands() or "transparency" in image.info:
                 paper = Image.new("RGBA", image.size, "white")
-                paper.alpha_composite(image.convert("RGBA"))
-                image = paper
+                image = Image.alpha_composite(paper, image.convert("RGBA"))
             pixels = np.asarray(image.convert(mode).resize((width, height), resampling))
             return pixels if channels == 3 else 255 - pixels[..., None]
-    except Exception as error:
-        raise ValueError(f"{file}: does not decode ({one_line(error)}): replace or remove it") from error
 
 
 # Files and messages ----------------------------------------------------------------------------
@@ -401,13 +382,21 @@ def tell(text, end="\n", to="stderr"):
 
 def _usable(name):
     """Whether a name is not hidden, and can be part of a message of one line."""
-    broken = any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in name)
-    return not broken and name[0] != "." and len(name) < 200
+    return re.fullmatch(r"(?!\.)[^\0-\x1f\x7f-\x9f\u2028\u2029]{1,199}", name)
 
 
 def one_line(error):
     """What an exception says, as part of a message of one line."""
     return " ".join(str(error).split())[:300]
+
+
+@contextmanager
+def _explained(what, hint):
+    """An exception becomes a ValueError of one line: what is wrong (why); what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} ({one_line(error)}); {hint}") from error
 
 
 def _counted(items, what, unit):

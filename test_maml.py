@@ -742,7 +742,7 @@ DIGESTS = {"a.zip": md5(WHOLE).hexdigest(), "b.zip": md5(WHOLE).hexdigest()}
     [
         (None, "3 images, where others have 4"),
         (good[:-12], "unpack"),
-        (good[:70] + bytes([good[70] ^ 1]) + good[71:], "checksum"),
+        (good[:70] + bytes([good[70] ^ 1]) + good[71:], "Error -3"),
         (png(glyph(0)[0], header=(105, 105, 8, 0, 0, 0, 0)), "not a 1-bit"),
         (png(glyph(0)[0][:104]), "pixel data"),
         (png(np.zeros((106, 105), bool)), "pixel data"),
@@ -778,7 +778,7 @@ def test_a_failed_download_says_what_to_fetch_and_leaves_nothing(folder, capsys,
     with socket.create_server(("127.0.0.1", 0)) as silent:
         host = f"http://127.0.0.1:{silent.getsockname()[1]}" if there == "silent" else f"file://{folder}"
         address, reason = f"{host}/{there}", reasons.get(there, "MD5")
-        with refused(f"cannot fetch {address}/a.zip .*{reason}.*: fetch it and put it into new"):
+        with refused(f"cannot fetch {address}/a.zip .*{reason}.*; fetch it and put it into new"):
             tasks.download_omniglot("new", address, DIGESTS, timeout=0.2)
     assert not os.path.exists("new") or os.listdir("new") == []
     assert there != "endless" or capsys.readouterr().err.endswith(" 32 MB\n")
@@ -825,8 +825,10 @@ def test_photographs_of_any_mode_become_rgb_and_keep_their_greys(tmp_path):
         image.new("CMYK", (9, 9)).save(tmp_path / split / "cmyk.jpg")
         (exif := image.Exif())[0x0112] = 6  # stored lying, shown upright
         image.fromarray(np.rot90(grey)).save(tmp_path / split / "0.png", exif=exif)
+        image.new("I;16", (9, 9), 300).save(tmp_path / split / "00.png", transparency=300)
     found = tasks.load_miniimagenet(tmp_path)["val"]
-    assert found.shape == (1, 7, 84, 84, 3) and (found[0, 0] == (grey >> 8)[..., None]).all()
+    assert found.shape == (1, 8, 84, 84, 3) and (found[0, 0] == (grey >> 8)[..., None]).all()
+    assert (found[0, 1] == 255).all(), "what is transparent is white"
 
 
 @pytest.mark.parametrize(
@@ -836,10 +838,10 @@ def test_photographs_of_any_mode_become_rgb_and_keep_their_greys(tmp_path):
         (ZIP, lambda file: os.truncate(file, file.stat().st_size - 3000), "no whole zip file.*fetch https"),
         (ZIP, lambda file: shutil.copy(file.parent / f"{PARTS[0]}.zip", file), "holds no images_eval.*fetch"),
         (ZIP, lambda file: file.write_bytes(file.read_bytes().replace(b"IEND", b"IENX")), "png:.*CRC.*fetch"),
-        ("train/n1/1.JPEG", lambda file: os.truncate(file, 400), "1.JPEG: does not decode .*: replace or"),
+        ("train/n1/1.JPEG", lambda file: os.truncate(file, 400), "1.JPEG: does not decode .*; replace or"),
         ("train/n1/0.png", HUGE, r"0.png: does not .* \(9000x9000 pixels, and 2"),
-        ("val/empty", os.mkdir, "val/empty: no images"),
-        ("test", shutil.rmtree, "test: No such file or directory; .*test should be a folder of"),
+        ("val/empty", os.mkdir, "val/empty: no JPEG"),
+        ("test", shutil.rmtree, "test: cannot be read .*No such file or directory.*should be a folder of"),
         ("test", lambda file: [*map(shutil.rmtree, file.iterdir())], "test: no folders; it should hold one"),
     ],
 )
@@ -918,7 +920,7 @@ def test_wrong_shapes_dtypes_and_values_are_named():
         (lambda: p.loss.grad(theta, x, y.astype(int)), "int64.*float64"),
         (lambda: p.loss.expand(theta, x, y)[2](p.v[:, 1:]), r"\(2, 12\).*\(2, 13\)"),
         (lambda: p.loss.expand(theta, x, y)[2](*single(p.v)), "float32.*float64"),
-        (lambda: p.loss.grad(theta, x[:, :0], y[:, :0]), r"\(2, 0, 2\).*none 0"),
+        (lambda: p.loss.grad(theta, x[:, :0], y[:, :0]), r"\(2, 0, 2\).*not empty"),
         (lambda: nets.Network([layer, layer], (2,), (2,)), "layers share a name among w, b"),
         (lambda: adapt(theta.astype(int), p.support, 0.1, 1), "int64"),
         (lambda: adapt(theta.tolist(), p.support, 0.1, 1), "theta is list"),
@@ -1568,6 +1570,9 @@ def test_ones_own_images_are_classified(glyphs, capsys):
     assert command("--evaluate b.npz --adapt own") == 0
     assert command("--evaluate b.npz --adapt own --alpha 1e38") == 1
     assert "diverge within 10 steps: lower" in capsys.readouterr().err
+    shutil.rmtree("own/bar")
+    shutil.rmtree(f"own/{'ring' * 7}")
+    assert command("--evaluate b.npz --adapt own") == 2 and "own: no folders" in capsys.readouterr().err
 
 
 def test_short_navigation_training_learns_to_adapt(folder):
@@ -2084,6 +2089,8 @@ def test_baseline_equals_one_least_squares_a_task(seed):
         w = np.linalg.lstsq(rows, right, rcond=None)[0]
         assert error(found[i][mask[i] == 1], phi @ w) < 1e-6
     assert not found[mask == 0].any()
+    counts = rng.integers(9, size=targets.shape)
+    assert (rl.baseline(observations, counts, mask) == rl.baseline(observations, 1.0 * counts, mask)).all()
 
 
 def test_features_and_batches_are_as_the_authors_have_them():
