@@ -426,7 +426,7 @@ def test_parcels_are_a_mean_of_a_seed_and_a_count_each_and_the_same_bits_on_any_
     assert [*cli.threads()(abs, [-1])] == [1]
     with multiprocessing.get_context("fork").Pool(1) as pool:
         answer = pool.apply_async(threaded, [-2])
-        assert answer.get(timeout=20) == [2], "a forked worker makes threads of its own"
+        assert answer.get(timeout=300) == [2], "a forked worker makes threads of its own"
     whole = means(*sample(np.random.default_rng(1), 7))
     assert all(map(np.array_equal, found(None), whole)) and all(map(np.array_equal, found(7), whole))
 
@@ -732,32 +732,10 @@ def test_where_no_cache_can_be_written_it_goes_to_a_home_if_there_is_one(tmp_pat
 
 good = png(glyph(0)[0])
 HUGE = good[:8] + chunk(b"IHDR", struct.pack(">2I5B", 9000, 9000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"")
-ZIP = "images_evaluation.zip"
+ZIP, DRAWING = "images_evaluation.zip", "images_background/Script0/character02/0002_01.png"
+DECODE = f"{DRAWING}: does not decode"
 WHOLE = b"zip" * 30_000
 DIGESTS = {"a.zip": md5(WHOLE).hexdigest(), "b.zip": md5(WHOLE).hexdigest()}
-
-
-@pytest.mark.parametrize(
-    "data, reason",
-    [
-        (None, "3 images, where others have 4"),
-        (good[:-12], "unpack"),
-        (good[:70] + bytes([good[70] ^ 1]) + good[71:], "Error -3"),
-        (png(glyph(0)[0], header=(105, 105, 8, 0, 0, 0, 0)), "not a 1-bit"),
-        (png(glyph(0)[0][:104]), "pixel data"),
-        (png(np.zeros((106, 105), bool)), "pixel data"),
-        (png(glyph(0)[0], kind=1), "filtered pixel data"),
-        (good[:33] + chunk(b"IDAT", zlib.compress(bytes(1575))[:-4]) + chunk(b"IEND", b""), "incomplete"),
-    ],
-)
-@pytest.mark.parametrize("layout", [zipped, unpacked])
-def test_a_broken_or_missing_image_is_named(tmp_path, layout, data, reason):
-    name = sorted(drawn()[0])[5]
-    where = f"{name}: does not decode" if data is not None else f"{name.rpartition('/')[0]}:"
-    files = drawn()[0] | {name: data}
-    with refused(f"{where} .*({reason}).*fetch"):
-        tasks.load_omniglot(layout(tmp_path, {file: png for file, png in files.items() if png is not None}))
-    assert leftovers(tmp_path) == []
 
 
 def test_a_download_is_whole_and_shown_and_not_repeated(folder, capsys):
@@ -834,6 +812,15 @@ def test_photographs_of_any_mode_become_rgb_and_keep_their_greys(tmp_path):
 @pytest.mark.parametrize(
     "name, harm, line",
     [
+        (DRAWING, os.unlink, "/character02: 3 images, where others have 4; fetch"),
+        (DRAWING, good[:-12], f"{DECODE}.*unpack"),
+        (ZIP, lambda file: zipped(file.parent, drawn()[0] | {DRAWING: good[:-12]}), f"{DECODE}.*unpack"),
+        (DRAWING, good[:70] + bytes([good[70] ^ 1]) + good[71:], f"{DECODE}.*Error -3.*fetch"),
+        (DRAWING, png(glyph(0)[0], header=(105, 105, 8, 0, 0, 0, 0)), f"{DECODE}.*not a 1-bit"),
+        (DRAWING, png(glyph(0)[0][:104]), f"{DECODE}.*pixel data"),
+        (DRAWING, png(np.zeros((106, 105), bool)), f"{DECODE}.*pixel data"),
+        (DRAWING, png(glyph(0)[0], kind=1), f"{DECODE}.*filtered pixel data"),
+        (DRAWING, good[:33] + chunk(b"IDAT", zlib.compress(bytes(1575))[:-4]) + good[-12:], "incomplete"),
         (ZIP, os.unlink, "neither images_evaluation.zip nor images_evaluation/.*fetch https"),
         (ZIP, lambda file: os.truncate(file, file.stat().st_size - 3000), "no whole zip file.*fetch https"),
         (ZIP, lambda file: shutil.copy(file.parent / f"{PARTS[0]}.zip", file), "holds no images_eval.*fetch"),
@@ -845,12 +832,12 @@ def test_photographs_of_any_mode_become_rgb_and_keep_their_greys(tmp_path):
         ("test", lambda file: [*map(shutil.rmtree, file.iterdir())], "test: no folders; it should hold one"),
     ],
 )
-def test_what_is_wrong_with_zips_and_photographs_is_named(tmp_path, name, harm, line):
-    omniglot = name == ZIP
-    zipped(tmp_path, drawn()[0], zipfile.ZIP_STORED) if omniglot else photographs(tmp_path)
+def test_what_is_wrong_with_images_is_named(tmp_path, name, harm, line):
+    layout = {ZIP: partial(zipped, kind=zipfile.ZIP_STORED), DRAWING: unpacked}.get(name)
+    layout(tmp_path, drawn()[0]) if layout else photographs(tmp_path)
     harm(tmp_path / name) if callable(harm) else (tmp_path / name).write_bytes(harm)
     with refused(line):
-        (tasks.load_omniglot if omniglot else tasks.load_miniimagenet)(tmp_path)
+        (tasks.load_omniglot if layout else tasks.load_miniimagenet)(tmp_path)
     others = {f"miniimagenet-{split}.npy" for split in SPLITS if not name.startswith(split)}
     assert {file.name for file in leftovers(tmp_path)} <= others
 
@@ -985,7 +972,7 @@ def process(*parts, module=maml, script=None, stderr=subprocess.PIPE, **options)
     return subprocess.Popen(words, stderr=stderr, text=True, env=env, **options)
 
 
-def wait_for(condition, process=None, seconds=60):
+def wait_for(condition, process=None, seconds=300):
     deadline = time.monotonic() + seconds
     while not (condition() or process and process.poll() is not None):
         assert time.monotonic() < deadline
@@ -1348,7 +1335,7 @@ def test_nobody_needs_to_read_what_is_printed(folder, monkeypatch, shell):
     """Also a table whose signs the encoding has not is printed, and no file is lost."""
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     line = shlex.join(words_of(Path(sys.executable), HERE / "maml.py", QUICK, "--results a.csv --save a.npz"))
-    run = subprocess.run(["bash", "-c", f"{line} {shell}"], stderr=subprocess.PIPE, text=True, timeout=60)
+    run = subprocess.run(["bash", "-c", f"{line} {shell}"], stderr=subprocess.PIPE, text=True, timeout=300)
     assert run.returncode == 0 and "Traceback" not in run.stderr and "Exception" not in run.stderr
     assert len(rows_of("a.csv")) == 33 and int(arrays("a.npz")["iteration"]) == 40
     assert shell != ">out" or "K = 20" in Path("out").read_text()
@@ -1377,12 +1364,20 @@ def matplotlib():
     return pytest.importorskip("matplotlib", reason="needs matplotlib")
 
 
-def test_the_pictures_images_are_there_before_training(folder, monkeypatch, capsys):
-    images = {"train": 12, "val": 10, "test": 4}
-    images = {split: np.zeros((5, each, 84, 84, 3), np.uint8) for split, each in images.items()}
+@pytest.mark.parametrize(
+    "words, classes, counts, reason",
+    [
+        ("--shots 5 --query 5 --eval-shots 2", 5, (12, 10, 4), "test: 5 support and 1 query images"),
+        ("--baseline pretrained", 65, (20, 20, 20), "train: there are 65 training classes"),
+    ],
+)
+def test_what_images_lack_is_found_out_before_training(
+    folder, monkeypatch, capsys, words, classes, counts, reason
+):
+    images = {s: np.broadcast_to(np.uint8(0), (classes, n, 84, 84, 3)) for s, n in zip(SPLITS, counts)}
     monkeypatch.setattr(tasks, "load_miniimagenet", lambda _: images)
-    assert command("--task miniimagenet --data a --shots 5 --query 5 --eval-shots 2") == 2
-    assert "a, test: 5 support and 1 query images" in capsys.readouterr().err
+    assert command("--task miniimagenet --data a", words) == 2
+    assert f"a, {reason}" in capsys.readouterr().err
 
 
 def test_plot_draws_one_model_and_a_log_of_any_length(matplotlib, glyphs):
@@ -1739,20 +1734,12 @@ def test_the_pretrained_bodys_new_last_layer_starts_from_zero():
     assert all(map(np.array_equal, body, experiment.classifier.unflatten(learned).values()))
 
 
-def test_training_classes_beyond_the_pretrained_outputs_are_found_out_first(monkeypatch):
-    experiment = experiment_of("--task miniimagenet --baseline pretrained")
-    assert experiment.clip == np.inf  # a meta-gradient's alone is clipped
-    images = np.broadcast_to(np.uint8(0), (65, 20, 84, 84, 3))
-    monkeypatch.setattr(tasks, "load_miniimagenet", lambda path: dict.fromkeys(SPLITS, images))
-    with pytest.raises(maml.Unusable, match="data/miniimagenet, train: there are 65 training classes"):
-        experiment.open(None, {"eval_shots": 1})
-
-
 @pytest.mark.parametrize("shots, clip", [(1, 10 / 75), (5, 10 / 15)])
 def test_miniimagenets_meta_gradient_is_clipped_on_the_authors_scale(shots, clip):
     experiment = image_experiment("--task miniimagenet --shots", shots)
     assert experiment.step.keywords["clip"] == pytest.approx(clip)
-    assert experiment_of("--task omniglot").clip == np.inf
+    for words in ("omniglot", "miniimagenet --baseline pretrained"):  # a meta-gradient's alone is clipped
+        assert experiment_of("--task", words).clip == np.inf
     state = maml.State.start(np.zeros(3))
     steep = partial(maml.adam_step, state, None, lambda *_: (0.0, np.array([9.0, -9.0, 0.01])))
     moments = steep(sample=lambda *_, tasks: (0, 0), tasks=1, beta=0.1, clip=clip)[0].moments
@@ -1820,7 +1807,7 @@ def test_a_dask_cluster_gives_the_same_bits_and_may_lose_a_worker(glyphs):
                 wait_for(lambda: os.path.exists("maml.csv"), dask)
                 time.sleep(0.5)
                 os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)
-            assert dask.wait(timeout=120) == 0, dask.stderr.read()
+            assert dask.wait(timeout=300) == 0, dask.stderr.read()
             np.testing.assert_equal(arrays(f"{module.__name__}.npz"), arrays(f"{module.__name__}-dask.npz"))
 
 
@@ -1835,7 +1822,7 @@ def alive(pid):
 @pytest.mark.parametrize(
     "words, until, code, line",
     [
-        ("--evaluate a.npz --eval-tasks 300000", "evaluating", 130, "--evaluate makes the table"),
+        ("--evaluate a.npz --eval-steps 1000000", "evaluating", 130, "--evaluate makes the table"),
         (WORKERS, "workers", 130, "maml.py: interrupted"),
         (WORKERS, "b.npz", 1, "maml.py: a worker was lost; b.npz holds the last checkpoint, --resume it"),
         (WORKERS, "b.npz", -signal.SIGKILL, ""),
@@ -1862,7 +1849,7 @@ def test_a_run_that_loses_its_user_or_a_worker_ends_with_one_line_and_all_worker
                 os.killpg(run.pid, signal.SIGINT)
             else:
                 os.kill(int(workers[-1]) if code == 1 else run.pid, signal.SIGKILL)
-            assert run.wait(60) == code
+            assert run.wait(300) == code
         finally:
             run.kill()
     wait_for(lambda: not any(map(alive, workers)))
@@ -1881,7 +1868,7 @@ def test_a_second_ctrl_c_ends_the_wait_for_workers(glyphs):
                 wait_for(lambda line=line: line in Path("stderr").read_text() and len(children(run)) > 2, run)
                 time.sleep(0.5)
                 os.killpg(run.pid, signal.SIGINT)
-            assert run.wait(60) == -signal.SIGINT
+            assert run.wait(300) == -signal.SIGINT
         finally:
             run.kill()
     assert "Traceback" not in Path("stderr").read_text()
@@ -2034,13 +2021,11 @@ def test_outer_gradient_and_fisher_product_through_adaptation_equal_autograd_and
     assert abs(value) < 1e-15 and np.abs(slope(p.theta)).max() < 1e-13
     assert error(product(v), grad(lambda theta: anp.dot(slope(theta), v))(p.theta)) < 1e-9
     assert error(product(v), difference(slope, p.theta, v)) < 1e-7
-
-
-def test_first_and_second_order_differ_clearly():
-    p = policies_of(1)
-    (second, product), (first, plain) = p.outer(), p.outer(order=1)
-    v = unit(p.rng.normal(size=p.theta.shape))
-    assert 0.02 < error(first, second) and 0.02 < error(plain(v), product(v))
+    (first, plain), (x, y) = p.outer(order=1), p.batches[-1]  # adaptation as a constant shift: J is 1
+    assert error(first, p.loss.grad(p.adapted, x, y).mean(axis=0)) < 1e-11
+    shift, old = p.adapted - p.theta, p.policy.apply(p.adapted, x)
+    slope = grad(lambda theta: anp.mean(rl.kl(old, p.policy.apply(theta + shift, x))))
+    assert error(plain(v), difference(slope, p.theta, v)) < 1e-7
 
 
 def test_kl_of_gaussians_has_its_direction_and_the_surrogates_is_from_the_old_policy():
