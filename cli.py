@@ -179,7 +179,7 @@ def parser_of(module, what, first_order, workers):
     kinds = {"log": "csv", "results": "csv", "plot": "png"}
     for flag, text in files.items():
         parser.add_argument(f"--{flag}", type=nonempty, metavar=f"FILE.{kinds.get(flag, 'npz')}", help=text)
-    text = "train nothing, evaluate these checkpoints; --alpha may be another (not of Meta-SGD)"
+    text = "train nothing, evaluate these checkpoints; --alpha may differ (but for Meta-SGD)"
     parser.add_argument(
         "--evaluate", type=nonempty, metavar="FILE.npz", nargs="+", action="extend", help=text
     )
@@ -334,9 +334,9 @@ def begin_log(path, columns, iteration, every):
     """
     head, rows = ["iteration", *columns], []
     if os.path.exists(path):
-        whole = re.compile(r"\d+(,[-+.\deinfa]+)+,?\n")  # none torn by a full disk; validation may be empty
+        sound = re.compile(r"\d+(,[-+.\deinfa]+)+,?\n")  # none torn by a full disk; validation may be empty
         with open(path, errors="replace") as file:
-            lines = [line[:-1].split(",") for line in file if whole.fullmatch(line)]
+            lines = [line[:-1].split(",") for line in file if sound.fullmatch(line)]
         due = {str(i) for i in range(every, iteration + 1, every)}
         rows = [row for row in lines if len(row) == len(head) and row[0] in due]
     with writing(path) as file:
@@ -381,8 +381,7 @@ def guarded(name, function):
     except BrokenExecutor:
         code, text = 1, "a worker was lost"
     except MemoryError as error:
-        sizes = "--meta-batch, --shots, --trajectories, --horizon, --hidden or --eval-tasks"
-        code, text = 1, f"out of memory; lower {sizes} ({error})"
+        code, text = 1, f"out of memory; lower --meta-batch, or another size that was asked for ({error})"
     except KeyboardInterrupt as error:
         code, text = 130, str(error) or "interrupted"
     tell(f"{name}: {' '.join(str(text).splitlines())}")
@@ -493,7 +492,8 @@ def meta_train(experiment, state, best, rng, args, module):
                 raise KeyboardInterrupt(f"interrupted at iteration {i}: {hint}")
     if save:
         which = f"; {best_of(save)}: the best on validation, of iteration {final.iteration}"
-        tell(f"{save}: kept, --evaluate or --resume it{which if final.score > -np.inf else ''}")
+        further = ", or --resume it with more --iterations" if iterations else ""
+        tell(f"{save}: kept, --evaluate it{further}{which if final.score > -np.inf else ''}")
     elif iterations:
         tell("the model is not kept: --save FILE.npz keeps it")
     learned = final if final.score > -np.inf else state
@@ -624,13 +624,16 @@ def workers_of(args, module):
             pool.shutdown(wait=False)  # an interruption waits for no parcel; the process's end does
     elif args.scheduler:
         with dask_client(args.scheduler, module) as client:
+            if not client.nthreads():
+                hint = f"start one with dask worker {args.scheduler}"
+                raise Unusable(f"--scheduler {args.scheduler}: it has no workers; {hint}")
             yield partial(_dask_map, client)
     else:
         yield None
 
 
 def counting(map, watched, function, *columns):
-    """`map`, which shows how many of its results are there, and the mean of their last row."""
+    """`map`, which shows how many of its results are there, and the mean over them of their last row's."""
     with Progress(0, len(columns[0]), watched, len(columns[0]), "parcel") as progress:
         for done, result in enumerate(map(function, *columns), 1):
             progress.show(done, np.mean(result[-1]))
@@ -755,11 +758,13 @@ def report(models, args, module):
                 rows.append(label | {"step": step, "metric": experiment.metric_name} | summary | model)
             curves.append((f"{name}, K = {shots}", columns[shots]))
         tables.append(table(experiment, asked["eval_tasks"], columns, name))
-    if args.results:
-        with writing(args.results) as file:
-            file.write(lines_of([rows[0], *(row.values() for row in rows)]))
-    for text in tables:
-        tell(text, to="stdout")
+    try:
+        if args.results:
+            with writing(args.results) as file:
+                file.write(lines_of([rows[0], *(row.values() for row in rows)]))
+    finally:  # what was measured is told, also where a full disk does not take it
+        for text in tables:
+            tell(text, to="stdout")
     if args.plot:
         save_picture(args.plot, module.plot(models, curves, args.log))
 

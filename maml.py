@@ -241,8 +241,8 @@ def adam(state, g, beta, b1=0.9, b2=0.999, eps=1e-8):
     t += 1
     m = b1 * m + (1 - b1) * g
     v = b2 * v + (1 - b2) * g * g
-    rate = float(beta) * (1 - b2**t) ** 0.5 / (1 - b1**t)
-    return State(theta - rate * m / (np.sqrt(v) + eps), (m, v), t)
+    size = float(beta) * (1 - b2**t) ** 0.5 / (1 - b1**t)
+    return State(theta - size * m / (np.sqrt(v) + eps), (m, v), t)
 
 
 def train(step, state, rng, iterations, map=map):
@@ -271,7 +271,7 @@ def adam_step(state, rng, outer_gradient, sample, tasks, beta, clip=np.inf, parc
 
 
 def mean_over_parcels(function, sample, rng, tasks, parcel=None, map=map):
-    """The arrays function(support, query), means over a parcel's tasks, as means over all, in order."""
+    """The arrays that function(support, query) returns, means over a parcel's tasks, as means over all."""
     results = spread(function, sample, rng, tasks, parcel, map)
     if len(results) == 1:
         return results[0]
@@ -328,7 +328,7 @@ def curve(loss, theta, support, query, alpha, steps, metric):
 
 
 def summarize(values, threshold=np.inf, worst=np.inf):
-    """Of values [T]: mean, 95 % interval 1.96 std / sqrt(T), median, and how many tasks diverged.
+    """Of values [T]: mean, 95 % interval 1.96 std / sqrt(T), median, how many tasks diverged, and T.
 
     A task has diverged when its value is not finite or above `threshold`; it stays in the mean, as `worst`
     where it is not finite.

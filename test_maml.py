@@ -1341,6 +1341,13 @@ def test_nobody_needs_to_read_what_is_printed(folder, monkeypatch, shell):
     assert shell != ">out" or "K = 20" in Path("out").read_text()
 
 
+def test_a_table_that_no_disk_takes_is_printed(folder, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "lines_of", Mock(side_effect=OSError(28, "No space left on device")))
+    assert command(QUICK, "--results a.csv") == 1 and not os.listdir()
+    out, err = capsys.readouterr()
+    assert "K = 20" in out and err.endswith("maml.py: [Errno 28] No space left on device\n")
+
+
 @pytest.mark.parametrize("failure", [OSError(28, "full"), RuntimeError("reentrant call: a signal's")])
 def test_what_nobody_reads_is_dropped_from_then_on_but_for_a_line_in_a_signals_way(monkeypatch, failure):
     monkeypatch.setattr(sys, "stderr", stream := Mock(write=Mock(side_effect=failure)))
@@ -1795,7 +1802,7 @@ def test_any_number_of_workers_gives_the_same_bits(glyphs, monkeypatch, module, 
     assert [call.args for call in pool.call_args_list][-2:] == [(1,), (3,)]
 
 
-def test_a_dask_cluster_gives_the_same_bits_and_may_lose_a_worker(glyphs):
+def test_a_dask_cluster_gives_the_same_bits_and_may_lose_a_worker(glyphs, capsys):
     distributed = pytest.importorskip("distributed", reason="needs dask[distributed]")
     with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
         for module, run, iterations in [(maml, MANY_GLYPHS, 50), (rl, MANY_WALKS, 2)]:
@@ -1809,6 +1816,10 @@ def test_a_dask_cluster_gives_the_same_bits_and_may_lose_a_worker(glyphs):
                 os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)
             assert dask.wait(timeout=300) == 0, dask.stderr.read()
             np.testing.assert_equal(arrays(f"{module.__name__}.npz"), arrays(f"{module.__name__}-dask.npz"))
+        cluster.scale(0)
+        wait_for(lambda: not cluster.scheduler.workers)
+        assert command(MANY_GLYPHS, "--scheduler", cluster.scheduler_address) == 2
+        assert "it has no workers; start one with dask worker tcp://" in capsys.readouterr().err
 
 
 def children(process):
