@@ -1468,9 +1468,9 @@ def test_scripts_of_assets_draw_pictures(matplotlib, folder, monkeypatch):
     idea.main()
     Path("a.csv").write_text("iteration,loss,before,after\n500,1.5,0.2,0.3\n")
     curves.main("assets/curves.png", *5 * ["a.csv"])
-    assert curves.published(HERE / "assets/weights/cheetah-dir.npz") == ("293.2", 1, "return")
+    assert curves.published(HERE / "assets/weights/cheetah-dir.npz") == ("293.2", 1, "return", "\nsteps: 1")
     given = curves.published(HERE / "assets/weights/omniglot-5way-1shot.npz")
-    assert given == ("98.7 ± 0.4", 100, "accuracy in %")
+    assert given == ("98.7 ± 0.4", 100, "accuracy in %", "\nsteps: 1, published: 3")
     assert curves.published(HERE / "assets/weights/sinusoid.npz")[0] == "", "of K = 5, and training has 10"
     shutil.copy(HERE / "assets/weights/cheetah-dir.npz", "a.npz")
     curves.main("assets/curves.png", "a.csv")
@@ -2395,6 +2395,9 @@ def test_the_readmes_figures_are_those_of_the_weights_and_tables(folder):
     rows += [*assets.tables.settings_rows(maml), *assets.tables.settings_rows(rl)]
     assert all(any(line.startswith(row) for line in lines) for row in rows) and len(rows) > 9
     assert sum(model.stat().st_size for model in models) < 5e6
+    for name, step in {"miniimagenet-5way-1shot-authors": 10, "omniglot-5way-1shot-alone": 3}.items():
+        for file in (HERE / "assets/weights").glob(f"{name}*.csv"):
+            assert cli.cell(assets.tables.results(file)[1, step], 100, 2) in README
     head, *rows = (HERE / "assets/sinusoid.csv").read_text().splitlines()
     parts = {}
     for row in rows:

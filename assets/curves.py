@@ -20,14 +20,14 @@ def plot_curves(canvas, logs):
     for axes, log in zip(grid, map(Path, logs)):
         name = log.stem.removesuffix("-log")
         try:
-            figure, scale, metric = published(log.with_name(f"{name}.npz"), log)
+            figure, scale, metric, steps = published(log.with_name(f"{name}.npz"), log)
             maml.learning(axes, log, scale)
         except (OSError, ValueError, LookupError, TypeError, cli.Unusable) as error:
             reason = tasks.one_line(error)
             raise cli.Unusable(f"{log}: it or its model is damaged, or not of this project ({reason})")
         if figure:
             axes.axhline(float(figure.split()[0]), color=maml.RED, lw=1, ls="--", label="published, test")
-        axes.set_title(cli.text_of(name), loc="left", fontsize=8)
+        axes.set_title(f"{cli.text_of(name)}{steps}", loc="left", fontsize=8)
         axes.set(ylabel=metric)
     lines = {name: line for axes in grid for line, name in zip(*axes.get_legend_handles_labels())}
     canvas.legend(lines.values(), lines, ncols=3, loc="outside lower center", frameon=False)
@@ -36,14 +36,19 @@ def plot_curves(canvas, logs):
 
 
 def published(weights, log=None):
-    """A model's published figure as a text, after one step where there are several; its scale and metric."""
+    """A model's published figure as a text, after one step where there are several; its scale and metric.
+
+    Last come the gradient steps of the curve, and those of the figure where these are others.
+    """
     results = weights.with_suffix(".csv")
     if not (weights.exists() and results.exists()) or results == log:
-        return None, 1, ""
+        return None, 1, "", ""
     settings, _, experiment, _, shots = tables.loaded(weights)
     figures = experiment.published(settings.get("shots", shots))
     metric = experiment.metric_name + " in %" * (experiment.scale == 100)
-    return figures.get(1) or "".join([*figures.values()][-1:]), experiment.scale, metric
+    after = 1 if 1 in figures else max(figures, default=settings["steps"])
+    steps = f"\nsteps: {settings['steps']}" + f", published: {after}" * (after != settings["steps"])
+    return figures.get(after, ""), experiment.scale, metric, steps
 
 
 def main(path=None, *logs):

@@ -49,6 +49,7 @@ def plot_idea(canvas, starts, count=14, seed=1):
         path = np.array([nearest_sinusoids(adapted) for adapted in along])
         for radius in range(1, 6):
             axes.plot(radius * np.cos(angle), radius * np.sin(angle), color="#d5d8dc", lw=0.8)
+            axes.text(radius, -0.35, radius, ha="center", fontsize=8, color=maml.GREY)
         before, after = (LOSS(along[i], *query).mean() for i in (0, -1))
         axes.set_title(f"{title}: one step takes the error from {before:.1f} to {after:.1f}", fontsize=11)
         star = axes.plot(*goals, "*", color="#d35400", ms=13, mec="white", zorder=3)
