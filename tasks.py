@@ -184,7 +184,7 @@ def load_omniglot(path):
 def _part(path, part):
     """A zip, or the folder that it unpacks to -> what tells it from others, () -> {name: what opens it}."""
     file = path / f"{part}.zip"
-    with _explained(f"{path / part}: cannot be read", "see to it that it can"):
+    with _explained(f"{path / part}: cannot be read", "make it readable, or name another folder"):
         if file.is_file():
             with file.open("rb") as opened:
                 data = opened.read(1 << 28)
