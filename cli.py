@@ -22,7 +22,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import BrokenExecutor, CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache, partial
 from textwrap import fill
 from typing import NamedTuple
@@ -356,9 +356,10 @@ def main(module, argv=None):
     classify(models, args), where its parser has --adapt.
     """
     one_blas_thread()
-    code = guarded(f"{module.__name__}.py", lambda: run(module.build_parser().parse_args(argv), module))
-    if argv is None:  # the process ends, and waits for its workers' last parcels: Ctrl-C may end that
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with ExitStack() as ending:  # waits for the workers' last parcels when all has been said
+        code = guarded(f"{module.__name__}.py", lambda: run(argv, module, ending))
+        if argv is None:  # the process ends, and Ctrl-C may end this wait
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     return code
 
 
@@ -388,8 +389,9 @@ def guarded(name, function):
     return code
 
 
-def run(args, module):
+def run(argv, module, ending):
     """Trains, or loads what was trained, and reports. What can be wrong is found out first."""
+    args = module.build_parser().parse_args(argv)
     if args.adapt and not args.evaluate:
         raise Unusable("--adapt needs a trained model: name it with --evaluate")
     runs = [evaluated(path, args, module) for path in args.evaluate or ()] or [started(args, module)]
@@ -404,7 +406,7 @@ def run(args, module):
     unspread = [e.settings["task"] for e in experiments if not e.spreads]
     if unspread and (args.workers or args.scheduler):
         raise Unusable(f"{unspread[0]} has nothing to spread; leave out --workers, --scheduler")
-    with workers_of(args, module) as map:
+    with workers_of(args, module, ending) as map:
         for experiment in experiments:
             experiment.open(args.data, settled(module.EVALUATION, args, experiment.settings))
             experiment.map = map or experiment.map
@@ -611,17 +613,18 @@ NO_PROCESSES = OSError, NotImplementedError  # without semaphores, as where /dev
 
 
 @contextmanager
-def workers_of(args, module):
-    """The map that --workers or --scheduler asks for, or None; closed at the end."""
+def workers_of(args, module, ending):
+    """The map that --workers or --scheduler asks for, or None. `ending` waits until processes are closed.
+
+    Where the process's end did, Python might write to their pipe while that was being closed.
+    """
     if args.workers:
         try:
             pool = process_pool(args.workers)
         except NO_PROCESSES as error:
             raise Unusable(f"--workers: none can be had here ({error}); leave it out") from None
-        try:
-            yield partial(pool_map, pool)
-        finally:
-            pool.shutdown(wait=False)  # an interruption waits for no parcel; the process's end does
+        ending.callback(pool.shutdown, cancel_futures=True)
+        yield partial(pool_map, pool)
     elif args.scheduler:
         with dask_client(args.scheduler, module) as client:
             if not client.nthreads():

@@ -1790,6 +1790,18 @@ if "MAML_AUTHORS" in os.environ:  # MAML_AUTHORS=authors.npy MAML_DATA=FOLDER, w
 MANY_GLYPHS = SMALL_GLYPHS + " --meta-batch 20 --eval-tasks 10 --eval-steps 1"
 MANY_WALKS = WALK + " --horizon 5 --meta-batch 12 --eval-steps 1"
 WORKERS = f"{MANY_GLYPHS} --workers 2 --iterations 1000000 --save b.npz"
+SLOW_END = """  # Python's end finds a pool of processes open, waits, and writes to its pipe
+import maml, sys, time
+from concurrent.futures import process
+
+def wakeup(pipe):
+    if not pipe._closed:
+        time.sleep(process._global_shutdown)
+        pipe._writer.send_bytes(b"")
+
+process._ThreadWakeup.wakeup = wakeup
+sys.exit(maml.main())
+"""
 
 
 @pytest.mark.parametrize("module, run", [(maml, MANY_GLYPHS), (rl, MANY_WALKS)])
@@ -1851,7 +1863,8 @@ def test_a_run_that_loses_its_user_or_a_worker_ends_with_one_line_and_all_worker
 
     command(QUICK, "--save a.npz")
     with open("stderr", "w") as stderr:
-        run = process(words, start_new_session=True, stderr=stderr)
+        script = SLOW_END if until == "workers" else None
+        run = process(words, script=script, start_new_session=True, stderr=stderr)
         try:
             wait_for(there, run)
             workers = [*filter(alive, children(run))]
