@@ -270,7 +270,7 @@ class Relu(_Fixed):
     """out = max(x, 0): linear between its kinks, where M multiplies by the mask x > 0."""
 
     def apply(self, x):
-        return anp.where(x <= 0, 0, x)  # anp.maximum has slope 1/2 at 0
+        return x * (x > 0)  # anp.maximum has slope 1/2 at 0
 
     def forward(self, _, x):
         mask = (x > 0).astype(x.dtype)
