@@ -839,10 +839,10 @@ def save_picture(path, canvas):
 def panel(axes, curves, experiment, **limits):
     """The metric of unseen tasks against gradient steps: curves are (name, rows of `summarize`).
 
-    The mean and its interval, or the median where tasks diverged; the last of them stands beside the name.
+    The mean and its interval, or of all the median where tasks diverged; the last stands beside the name.
     """
+    diverged = any(row["diverged"] for _, rows in curves for row in rows)
     for i, (name, rows) in enumerate(curves):
-        diverged = any(row["diverged"] for row in rows)
         middle = np.array([row["median" if diverged else "mean"] for row in rows])
         half = np.array([0 if diverged else row["ci95"] for row in rows])
         median = f"median {experiment.scale * middle[-1]:.{experiment.digits}f}"
@@ -853,9 +853,7 @@ def panel(axes, curves, experiment, **limits):
         axes.fill_between(range(len(rows)), low, high, color=line.get_color(), alpha=0.25, lw=0)
     axes.set(xlabel="gradient steps", **limits)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    title = experiment.heading.split(";")[0]
-    if any(row["diverged"] for _, rows in curves for row in rows):
-        title += ",\nor the median where tasks diverge"
-    axes.set_title(title, loc="left", fontsize=10)
+    what = experiment.heading.split(":")[0] + ": median, as tasks diverge"
+    axes.set_title(what if diverged else experiment.heading.split(";")[0], loc="left", fontsize=10)
     lines = axes.get_legend_handles_labels()
     axes.figure.legend(*lines, fontsize=9, loc="outside lower left", frameon=False)

@@ -159,9 +159,9 @@ def meta_sgd_gradient(loss, theta_alpha, support, query, steps):
 
 
 def reptile_gradient(loss, theta, support, query, alpha, steps):
-    """Reptile (Nichol et al. 2018): the outer direction is theta - theta_S -> query loss at theta_S, [P].
+    """Reptile (Nichol et al. 2018): -> query loss at theta_S, theta - theta_S [P], means over tasks.
 
-    It needs no query set, so the inner steps see the examples of both. One step is joint training.
+    It needs no query set, so the inner steps train on both sets. One step is joint training.
     """
     _checked(theta, support, alpha, steps, 1, query)
     both = [np.concatenate(pair, axis=1) for pair in zip(support, query)]
@@ -347,7 +347,7 @@ TASKS = cli.COMMANDS["maml.py"]
 METHODS = ("maml", "fomaml", "anil", "meta-sgd", "reptile")
 BASELINES = ("random", "pretrained", "oracle", "nearest")
 LOWER = "--alpha or --beta"  # where training diverges
-CLASSIFIED = {"omniglot": 1100, "miniimagenet": 64}  # training classes, which the pretrained one tells apart
+CLASSIFIED = {"omniglot": 1100, "miniimagenet": 64}  # training classes: the pretrained classifier's outputs
 NETS, QUERIES = ("conv", "mlp"), ("together", "alone")
 # fmt: off
 SETTINGS = cli.table_of(  # what a checkpoint keeps; 20-way, 5-shot and Reptile differ: `conditional_defaults`
@@ -358,10 +358,10 @@ SETTINGS = cli.table_of(  # what a checkpoint keeps; 20-way, 5-shot and Reptile 
     ("query",      count,   10,        "shots",   15,        "query examples in training, likewise"),
     ("net",        NETS,    None,      "conv",    "conv",    "network for images"),
     ("filters",    count,   None,      64,        32,        "filters per convolution"),
-    ("steps",      count,   1,         1,         5,         "inner steps in training (or 5, 10: README)"),
+    ("steps",      count,   1,         1,         5,         "training inner steps (20-way 5, Reptile 10)"),
     ("alpha",      rate,    0.01,      2.0,       0.05,      "inner step size"),
     ("beta",       rate,    0.001,     0.001,     0.001,     "outer step size, Adam's"),
-    ("meta_batch", count,   25,        32,        4,         "tasks per meta-iteration (or 16, 2: README)"),
+    ("meta_batch", count,   25,        32,        4,         "meta-batch (20-way 16, MiniImagenet 5-shot 2)"),
     ("iterations", count,   70_000,    60_000,    60_000,    "meta-iterations in all"),
     ("seed",       whole,   0,         0,         0,         "seed of weights and tasks"),
     ("dtype",      FLOATS,  "float32", "float32", "float32", "number type of weights, data and networks"),
@@ -421,11 +421,11 @@ PAPER = {
     ("miniimagenet", "fomaml", 5, 5, 5, "conv"): {10: "63.15 ± 0.91"},
 }
 
-EVAL_QUERY = 100  # query points of a test sinusoid: the figure is the paper's, with less noise
+EVAL_QUERY = 100  # query points of a test sinusoid: the paper has K: the same mean, more noise
 DIVERGED = 100.0  # of a sinusoid's error: four times the largest amplitude squared
 SPLITS = {"training": "train", "validation": "val", "test": "test"}
 STREAMS = ("training", "test", "validation", "init")
-MANY_STEPS, KEPT_STEPS = 5, 2  # with more inner steps, the last two keep what their products read
+MANY_STEPS, KEPT_STEPS = 5, 2  # above 5 inner steps of images, only the last 2 keep what products read
 
 
 class Experiment:

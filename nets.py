@@ -333,7 +333,7 @@ class MaxPool(_Fixed):
 
 
 def _blocks(x, copies=1):
-    """Slices of images, each so short that `copies` copies of its part of x [T, n, ...] fit the cache."""
+    """Slices of images, each so short that `copies` copies of its part of x [T, n, ...] fit into cache."""
     size = max(1, BLOCK // (copies * x[:, 0].size))
     return [slice(start, start + size) for start in range(0, x.shape[1], size)]
 
@@ -422,7 +422,7 @@ def _rows(x):
 
 
 def _mean(x):
-    """Over axis 1, kept, as a matrix product: faster than NumPy's reduction of this axis."""
+    """Mean over axis 1, kept, as a matrix product: faster than NumPy's reduction of it."""
     return np.full((1, x.shape[1]), 1 / x.shape[1], x.dtype) @ x
 
 
@@ -498,7 +498,7 @@ class _Patches:
         return out
 
     def transposed(self, *pairs):
-        """Σ over pairs (u, w) of unfoldᵀ(u wᵀ): the gradient by x. At stride 1 it is itself a convolution."""
+        """Σ over pairs (u, w) of unfoldᵀ(u wᵀ): dL/dx. At stride 1 it is itself a convolution."""
         if self.stride == 1:
             return reduce(iadd, (_Patches(u, 1).convolve(_turned(w)) for u, w in pairs))
         patches = reduce(iadd, (_times(_rows(u), w.mT) for u, w in pairs)).reshape(*self.shape, 9, -1)
@@ -631,7 +631,7 @@ def _centred_patches(x, stride):
 
 
 class SquaredError:
-    """L = mean over examples and outputs of (out - y)²: eq. (2), but a mean: alpha fits any n."""
+    """L = mean over examples and outputs of (out - y)²: eq. (2), as a mean: alpha suits any n."""
 
     def value(self, out, y):
         return anp.mean((out - y) ** 2, axis=tuple(range(1, y.ndim)))

@@ -38,7 +38,7 @@ class Navigation:
 
     goals [T, 2]. reset(rng) -> observations [T, B, 2], all at the origin; step(actions [T, B, 2]) ->
     observations, rewards [T, B], done [T, B]. The reward is minus the distance after the move; done is where
-    both coordinates are within 0.01 of the goal's. The oracle's observation has the goal behind it.
+    both coordinates are within 0.01 of the goal's. The oracle's observation ends with the goal.
     """
 
     horizon, actions = 100, 2
@@ -236,7 +236,7 @@ def fisher(out):
 class PolicyGradient:
     """L = -Σ over steps of w log pi(a | s), an output loss of nets.py; y = [a, w], w repeated to a's shape.
 
-    With w = advantage / steps it is the loss of the inner update, and its gradient by theta' is minus that of
+    With w = advantage / steps it is the loss of the inner update, and its gradient is minus that of
     the surrogate mean of pi_theta' / pi_old A at pi_old = pi_theta', where the ratio is 1.
     """
 
@@ -250,7 +250,7 @@ class PolicyGradient:
         z = (action - mean) * inverse
         slope = weight * z * inverse
         u = np.concatenate([-slope, -weight * (z * z - 1)], axis=-1)
-        # The Hessian by an action's mean and log_std: [[w / sigma², 2 w z / sigma], [2 w z / sigma, 2 w z²]].
+        # The Hessian in an action's mean and log_std: [[w / sigma², 2 w z / sigma], [2 w z / sigma, 2 w z²]].
         diagonal = np.concatenate([weight * inverse * inverse, 2 * weight * z * z], axis=-1)
         mixed = np.tile(2 * slope, 2)
 
@@ -542,7 +542,7 @@ def drawn_goals(task, rng, count):
 
 
 def test_goals(task, count):
-    """The authors' test tasks: of NumPy's old generator from seed 1, for ant-dir 2."""
+    """The authors' test tasks, by NumPy's legacy RandomState(1), of ant-dir RandomState(2)."""
     return drawn_goals(task, np.random.RandomState(2 if task == "ant-dir" else 1), count)  # noqa: NPY002
 
 

@@ -34,7 +34,7 @@ import numpy as np
 
 
 def sinusoid(rng, tasks, shots, query_shots, oracle=False, dtype=np.float32):
-    """y = A sin(x - phase), with A ~ U[0.1, 5], phase ~ U[0, pi] a task and x ~ U[-5, 5] (section 5.1).
+    """y = A sin(x - phase), with A ~ U[0.1, 5], phase ~ U[0, pi] per task and x ~ U[-5, 5] (section 5.1).
 
     x [tasks, shots, 1] and y [tasks, shots, 1], query_shots in the query set. With `oracle` x is
     [tasks, shots, 3], (x, A, phase): what the paper's oracle is told.
@@ -105,7 +105,7 @@ def labelled(rng, images, tasks, count, outputs, dtype=np.float32):
 def nearest(support, query):
     """The label of each query image's nearest support image, by Euclidean distance: one-hot, as y."""
     s, q = (1.0 * x.reshape(*x.shape[:2], -1) for x, _ in (support, query))  # uint8 would overflow
-    distance = (s * s).sum(axis=-1)[:, None] - 2 * q @ s.mT  # but for |q|², the same for all
+    distance = (s * s).sum(axis=-1)[:, None] - 2 * q @ s.mT  # less |q|², the same for all
     return np.take_along_axis(support[1], distance.argmin(axis=-1)[..., None], axis=1)
 
 

@@ -1423,8 +1423,10 @@ def test_a_picture_shows_the_tables_and_the_logs_figures(matplotlib, glyphs, mon
     assert np.allclose(line.get_ydata(), np.transpose(figures)[0])
     assert "{:.2f} ± {:.2f}".format(*figures[-1]) in line.get_label().replace("\n", " ")
     row = {"mean": 9.0, "ci95": 5.0, "median": 2.0, "diverged": 1, "tasks": 4}
-    cli.panel(axes := cli.canvas_of(1, 1).subplots(), [("a", 2 * [row])], experiment_of("--task sinusoid"))
-    assert axes.lines[0].get_ydata().tolist() == [2, 2] and axes.lines[0].get_label() == "a: median 2.000"
+    curves = [("a", 2 * [row]), ("b", 2 * [row | {"median": 3.0, "diverged": 0}])]
+    cli.panel(axes := cli.canvas_of(1, 1).subplots(), curves, experiment_of("--task sinusoid"))
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[2, 2], [3, 3]], "medians beside a median"
+    assert axes.lines[0].get_label() == "a: median 2.000"
     assert np.ptp(axes.collections[0].get_paths()[0].vertices[:, 1]) == 0, "no interval"
     log = ["iteration,loss,before,after", *(f"{i},0,0,{i}" for i in range(1, 121))]
     Path("a.csv").write_text("\n".join(log))
@@ -1470,7 +1472,7 @@ def test_scripts_of_assets_draw_pictures(matplotlib, folder, monkeypatch):
     curves.main("assets/curves.png", *5 * ["a.csv"])
     assert curves.published(HERE / "assets/weights/cheetah-dir.npz") == ("293.2", 1, "return", "\nsteps: 1")
     given = curves.published(HERE / "assets/weights/omniglot-5way-1shot.npz")
-    assert given == ("98.7 ± 0.4", 100, "accuracy in %", "\nsteps: 1, published: 3")
+    assert given == ("98.7 ± 0.4", 100, "accuracy in %", "\nsteps: 1; published: after 3")
     assert curves.published(HERE / "assets/weights/sinusoid.npz")[0] == "", "of K = 5, and training has 10"
     shutil.copy(HERE / "assets/weights/cheetah-dir.npz", "a.npz")
     curves.main("assets/curves.png", "a.csv")

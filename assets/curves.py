@@ -47,7 +47,7 @@ def published(weights, log=None):
     figures = experiment.published(settings.get("shots", shots))
     metric = experiment.metric_name + " in %" * (experiment.scale == 100)
     after = 1 if 1 in figures else max(figures, default=settings["steps"])
-    steps = f"\nsteps: {settings['steps']}" + f", published: {after}" * (after != settings["steps"])
+    steps = f"\nsteps: {settings['steps']}" + f"; published: after {after}" * (after != settings["steps"])
     return figures.get(after, ""), experiment.scale, metric, steps
 
 

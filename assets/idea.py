@@ -47,7 +47,7 @@ def plot_idea(canvas, starts, count=14, seed=1):
     for axes, (title, theta) in zip(canvas.subplots(1, len(starts)), starts.items()):
         along = [maml.adapt(LOSS, theta, support, rate, 1) for rate in rates]
         path = np.array([nearest_sinusoids(adapted) for adapted in along])
-        for radius in range(1, 6):
+        for radius in range(6):
             axes.plot(radius * np.cos(angle), radius * np.sin(angle), color="#d5d8dc", lw=0.8)
             axes.text(radius, -0.35, radius, ha="center", fontsize=8, color=maml.GREY)
         before, after = (LOSS(along[i], *query).mean() for i in (0, -1))
@@ -59,7 +59,7 @@ def plot_idea(canvas, starts, count=14, seed=1):
         axes.set(aspect="equal", xlim=(-5.3, 5.3), ylim=(-0.4, 5.1))
         axes.set_axis_off()
     names = "a new task's sinusoid", "θ", "one gradient step on 10 examples", "what is left"
-    key = "a point is a sinusoid: its distance from the centre is the amplitude, its angle the phase"
+    key = "a point is a sinusoid: its distance from 0 is the amplitude, its angle the phase"
     handles = [lines[0] for lines in (star, start, step, left)]
     canvas.legend(handles, names, title=key, ncols=4, loc="outside lower center", frameon=False)
 
