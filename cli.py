@@ -53,12 +53,12 @@ class Parser(argparse.ArgumentParser):
         raise Unusable(" ".join(message.split()))
 
 
-def number(kind, low, high, name):
-    """A flag's kind: a finite number from `low` to `high`; errors call it `name`."""
+def checked(kind, sound, name):
+    """A flag's kind: what `kind` makes of a text, where it is `sound`; errors call it `name`."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not sound(value):
             raise ValueError
         return value
 
@@ -66,17 +66,11 @@ def number(kind, low, high, name):
     return parse
 
 
-count = number(int, 1, 2**31 - 1, "count (1 to 2147483647)")
-several = number(int, 2, 2**31 - 1, "count (2 to 2147483647)")
-whole = number(int, 0, np.inf, "whole number (0 or more)")
-rate = number(float, 0, sys.float_info.max, "rate (finite, 0 or more)")
-
-
-def nonempty(text):
-    """A flag's kind: some text, which an unset variable of a shell is not."""
-    if not text:
-        raise argparse.ArgumentTypeError("invalid text (not empty) value: ''")
-    return text
+count = checked(int, lambda n: 1 <= n < 2**31, "count (1 to 2147483647)")
+several = checked(int, lambda n: 2 <= n < 2**31, "count (2 to 2147483647)")
+whole = checked(int, lambda n: n >= 0, "whole number (0 or more)")
+rate = checked(float, lambda x: 0 <= x < np.inf, "rate (finite, 0 or more)")
+nonempty = checked(str, bool, "text (not empty)")  # an unset variable of a shell is empty
 
 
 class Setting(NamedTuple):
@@ -163,7 +157,7 @@ def parser_of(module, what, first_order, workers):
             kind |= {"nargs": "+", "action": "extend"}
         home = groups.get(row.name, parser)
         home.add_argument(row.flag, help=f"{row.meaning} (default: {row.shown()})", **kind)
-    some = number(int, 1, 1024, "count (1 to 1024)")
+    some = checked(int, lambda n: 1 <= n <= 1024, "count (1 to 1024)")
     who.add_argument("--workers", type=some, metavar="N", help=f"processes that {workers}")
     text = "Dask scheduler whose workers do that, e.g. tcp://10.0.0.1:8786 (needs dask[distributed])"
     who.add_argument("--scheduler", type=nonempty, metavar="ADDRESS", help=text)

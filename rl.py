@@ -461,7 +461,7 @@ def trust_region_step(theta, value, gradient, product, objective, max_kl, cg_ste
 
 # The authors' settings (not all are the paper's), but for what the README's departures 11 and 12 say.
 TASKS = cli.COMMANDS["rl.py"]
-share = cli.number(float, 0, 1, "share (0 to 1)")
+share = cli.checked(float, lambda x: 0 <= x <= 1, "share (0 to 1)")
 # fmt: off
 SETTINGS = cli.table_of(  # what a checkpoint keeps
     TASKS,
