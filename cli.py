@@ -400,16 +400,16 @@ def run(argv, module, ending):
     unspread = [e.settings["task"] for e in experiments if not e.spreads]
     if unspread and (args.workers or args.scheduler):
         raise Unusable(f"{unspread[0]} has nothing to spread; leave out --workers, --scheduler")
-    with workers_of(args, module, ending) as map:
-        for experiment in experiments:
-            experiment.open(args.data, settled(module.EVALUATION, args, experiment.settings))
-            experiment.map = map or experiment.map
-        models = runs if args.evaluate else [(experiments[0], meta_train(*runs[0], args, module))]
-        try:
-            report(models, args, module)
-        except KeyboardInterrupt:
-            hint = ": --evaluate makes the table and the picture again"
-            raise KeyboardInterrupt("interrupted" + hint * bool(args.evaluate or args.save or args.resume))
+    map = map_of(args, module, ending)
+    for experiment in experiments:
+        experiment.open(args.data, settled(module.EVALUATION, args, experiment.settings))
+        experiment.map = map or experiment.map
+    models = runs if args.evaluate else [(experiments[0], meta_train(*runs[0], args, module))]
+    try:
+        report(models, args, module)
+    except KeyboardInterrupt:
+        hint = ": --evaluate makes the table and the picture again"
+        raise KeyboardInterrupt("interrupted" + hint * bool(args.evaluate or args.save or args.resume))
 
 
 def evaluated(path, args, module):
@@ -606,9 +606,8 @@ class Progress(AbstractContextManager):
 NO_PROCESSES = OSError, NotImplementedError  # without semaphores, as where /dev/shm is not writable
 
 
-@contextmanager
-def workers_of(args, module, ending):
-    """The map that --workers or --scheduler asks for, or None. `ending` waits until processes are closed.
+def map_of(args, module, ending):
+    """The map that --workers or --scheduler asks for, or None. `ending` waits until its workers are closed.
 
     Where the process's end did, Python might write to their pipe while that was being closed.
     """
@@ -618,15 +617,13 @@ def workers_of(args, module, ending):
         except NO_PROCESSES as error:
             raise Unusable(f"--workers: none can be had here ({error}); leave it out") from None
         ending.callback(pool.shutdown, cancel_futures=True)
-        yield partial(pool_map, pool)
-    elif args.scheduler:
-        with dask_client(args.scheduler, module) as client:
-            if not client.nthreads():
-                hint = f"start one with dask worker {args.scheduler}"
-                raise Unusable(f"--scheduler {args.scheduler}: it has no workers; {hint}")
-            yield partial(_dask_map, client)
-    else:
-        yield None
+        return partial(pool_map, pool)
+    if args.scheduler:
+        client = ending.enter_context(dask_client(args.scheduler, module))
+        if not client.nthreads():
+            hint = f"start one with dask worker {args.scheduler}"
+            raise Unusable(f"--scheduler {args.scheduler}: it has no workers; {hint}")
+        return partial(_dask_map, client)
 
 
 def counting(map, watched, function, *columns):
