@@ -318,7 +318,7 @@ def words_of(settings, module):
     """The words of a command line that has these settings."""
     kind = "baseline" if settings["method"] in module.BASELINES else "method"
     flags = {kind if key == "method" else key.replace("_", "-"): value for key, value in settings.items()}
-    return [f"--{flag}={each}" for flag, value in flags.items() for each in np.atleast_1d(value)]
+    return [f"--{flag}={value}" for flag, value in flags.items()]
 
 
 def begin_log(path, columns, iteration, every):
