@@ -1379,15 +1379,6 @@ def test_what_images_lack_is_found_out_before_training(
     assert f"a, {reason}" in capsys.readouterr().err
 
 
-def test_plot_draws_one_model_and_a_log_of_any_length(matplotlib, glyphs):
-    images = [f"{GLYPHS} {x}" for x in ("--ways 3 --iterations 2", "--baseline nearest", "--baseline random")]
-    for words in (*images, QUICK):
-        Path("a.csv").unlink(missing_ok=True)
-        assert command(words, "--eval-steps 1 --eval-tasks 8 --log a.csv --plot a.png") == 0
-        assert Path("a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-        os.unlink("a.png")
-
-
 def test_a_picture_names_its_models_whatever_their_files_are_called(glyphs, files, monkeypatch):
     text = pytest.importorskip("matplotlib.text", reason="needs matplotlib")
     monkeypatch.setattr(cli, "save_picture", save := Mock(wraps=cli.save_picture))
@@ -1407,9 +1398,14 @@ def test_a_picture_names_its_models_whatever_their_files_are_called(glyphs, file
         assert ("diverged" in said) == (kind == "glyphs")
 
 
-def test_a_picture_shows_the_tables_and_the_logs_figures(matplotlib, glyphs, monkeypatch):
-    monkeypatch.setattr(cli, "save_picture", save := Mock())
-    assert command(GLYPHS, "--iterations 1 --results r.csv --plot a.png") == 0
+def test_a_picture_of_any_model_shows_the_tables_and_the_logs_figures(matplotlib, glyphs, monkeypatch):
+    monkeypatch.setattr(cli, "save_picture", save := Mock(wraps=cli.save_picture))
+    images = [f"{GLYPHS} {x}" for x in ("--baseline nearest", "--baseline random", "--ways 3 --iterations 2")]
+    for words in (QUICK, *images):
+        Path("a.csv").unlink(missing_ok=True)
+        few = "--eval-steps 1 --eval-tasks 8 --log a.csv --results r.csv --plot a.png"
+        assert command(words, few) == 0 and Path("a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        os.unlink("a.png")
     figures = [[100 * float(row[key]) for key in ("mean", "ci95")] for row in rows_of("r.csv")]
     (line,) = save.call_args[0][1].axes[-1].lines
     assert np.allclose(line.get_ydata(), np.transpose(figures)[0])
