@@ -11,6 +11,7 @@ import ctypes
 import datetime
 import io
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -700,6 +701,7 @@ def dask_client(address, module):
         from distributed import Client
     except ImportError:
         raise Unusable('--scheduler needs Dask; pip install "dask[distributed]"') from None
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # a lost scheduler is said in a line
     try:
         client = Client(address, timeout=10)
     except Exception as error:  # whatever the address says

@@ -1801,7 +1801,7 @@ def test_any_number_of_workers_gives_the_same_bits(glyphs, monkeypatch, module, 
     assert [call.args for call in pool.call_args_list][-2:] == [(1,), (3,)]
 
 
-def test_a_dask_cluster_gives_the_same_bits_and_may_lose_a_worker(glyphs, capsys):
+def test_a_dask_cluster_gives_the_same_bits_and_a_line_where_it_is_lost(glyphs, capsys):
     distributed = pytest.importorskip("distributed", reason="needs dask[distributed]")
     with distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
         for module, run, iterations in [(maml, MANY_GLYPHS, 50), (rl, MANY_WALKS, 2)]:
@@ -1815,10 +1815,17 @@ def test_a_dask_cluster_gives_the_same_bits_and_may_lose_a_worker(glyphs, capsys
                 os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)
             assert dask.wait(timeout=300) == 0, dask.stderr.read()
             np.testing.assert_equal(arrays(f"{module.__name__}.npz"), arrays(f"{module.__name__}-dask.npz"))
+        cluster.scale(1)
+        endless = f"{MANY_GLYPHS} --iterations 1000000 --save b.npz --scheduler {cluster.scheduler_address}"
+        dask = process(endless)
+        wait_for(lambda: os.path.exists("b.npz") and arrays("b.npz")["iteration"] > 0, dask)
         cluster.scale(0)
         wait_for(lambda: not cluster.scheduler.workers)
         assert command(MANY_GLYPHS, "--scheduler", cluster.scheduler_address) == 2
         assert "it has no workers; start one with dask worker tcp://" in capsys.readouterr().err
+    assert dask.wait(timeout=300) == 1, "the scheduler is lost"
+    *_, line = (said := dask.stderr.read()).splitlines()
+    assert line == "maml.py: a worker was lost; b.npz holds the last checkpoint, --resume it", said
 
 
 def children(process):
