@@ -249,8 +249,13 @@ def check_writable(flag, path, head=None, alone=False):
         raise Unusable(f"{flag} {path}: cannot write there ({error.strerror}); {hint}")
 
 
-def save_checkpoint(path, settings, state, best, rng):
-    """An .npz of `state`, `best`, the generator's state and the settings, the last two as bytes of JSON."""
+def save_checkpoint(path, settings, state, best, final, rng):
+    """An .npz of `state`, `best`, the generator's state and the settings, the last two as bytes of JSON.
+
+    Beside it, in FILE.best.npz, what is to be evaluated where validation has selected it, `final`.
+    """
+    if final.score > -np.inf:
+        save_weights(best_of(path), settings, final.theta, final.iteration)
     values = {"settings": settings, "rng": rng.bit_generator.state}
     texts = {name: json.dumps(value).encode() for name, value in values.items()}
     with writing(path) as file:
@@ -456,7 +461,7 @@ def reconcile(args, settings, path, module, free):
 def meta_train(experiment, state, best, rng, args, module):
     """`train` with checkpoints, learning curve, progress and Ctrl-C: -> what was learned.
 
-    Where validation selects, that is what was best on it, kept in FILE.best.npz.
+    Where validation selects, that is what was best on it.
     """
     save, final, iterations = args.save or args.resume, best, iterations_of(experiment.settings)
     if args.log:
@@ -464,9 +469,7 @@ def meta_train(experiment, state, best, rng, args, module):
     progress = Progress(state.iteration, iterations, experiment.watched, experiment.smoothed)
     with interruptible(module) as asked, hinting(module, save), progress:
         if save:  # at once, so that a run begun later finds this name taken
-            save_checkpoint(save, experiment.settings, state, best, rng)
-            if best.score > -np.inf:
-                save_weights(best_of(save), experiment.settings, best.theta, best.iteration)
+            save_checkpoint(save, experiment.settings, state, best, final, rng)
         run = module.train(experiment.step, state, rng, iterations, experiment.map)
         for state, outcome in run:
             i, stopping = state.iteration, asked.is_set()  # read once: it may change below
@@ -476,10 +479,8 @@ def meta_train(experiment, state, best, rng, args, module):
                 if args.log:
                     with open(args.log, "ab", buffering=0) as file:  # in one write, so that no row is torn
                         file.write(lines_of([(i, *row)]))
-                if save and final.iteration == i:
-                    save_weights(best_of(save), experiment.settings, final.theta, i)
-            if save and (i % experiment.save_every == 0 or last or stopping):
-                save_checkpoint(save, experiment.settings, state, best, rng)
+            if save and (i % experiment.save_every == 0 or last or stopping or final.iteration == i):
+                save_checkpoint(save, experiment.settings, state, best, final, rng)
             progress.show(i, outcome)
             if stopping or last and asked.is_set():
                 hint = "nothing was saved (no --save)"
