@@ -39,7 +39,8 @@ def adapt(loss, theta, support, alpha, steps):
 
 def meta_loss(loss, theta, support, query, alpha, steps):
     """Mean over tasks of L(adapt(theta, support); query): the objective of section 2.2, divided by T."""
-    return anp.mean(loss(adapt(loss, theta, support, alpha, steps), *query))
+    _checked(theta, support, alpha, steps, query=query)
+    return anp.mean(_one_each(loss, adapt(loss, theta, support, alpha, steps), *query))
 
 
 def meta_gradient_by_definition(loss, theta, support, query, alpha, steps):
@@ -91,7 +92,7 @@ def meta_gradient_recomputed(loss, theta, support, query, alpha, steps, kept=0):
     if not isinstance(kept, (int, np.integer)) or kept < 0:
         raise ValueError(f"kept = {kept}; expected an integer, 0 or more")
     thetas = [theta]
-    for _ in range(steps - kept):
+    for _ in range(int(steps) - int(kept)):
         thetas.append(thetas[-1] - alpha * gradient(loss, thetas[-1], *support))
     theta, trail = unroll(loss, thetas.pop(), [support] * min(kept, steps), alpha)
     value, v = expand(loss, theta, *query)[:2]
@@ -122,7 +123,7 @@ def expand(loss, theta, x, y):
     if hasattr(loss, "expand"):
         return loss.expand(theta, x, y)
     theta = _per_task(theta, x)
-    product, g = make_hvp(lambda theta: anp.sum(_one_each(loss(theta, x, y), theta)))(theta)
+    product, g = make_hvp(lambda theta: anp.sum(_one_each(loss, theta, x, y)))(theta)
     # +g is a copy: autograd may read its own g again, in the product
     return loss(theta, x, y), +g, lambda v, total=False: product(v).sum(axis=0) if total else product(v)
 
@@ -131,7 +132,7 @@ def gradient(loss, theta, x, y):
     """∇L [T, P]: loss.grad, or autograd's (one task's loss does not depend on another's parameters)."""
     if hasattr(loss, "grad"):
         return loss.grad(theta, x, y)
-    return grad(lambda theta: anp.sum(_one_each(loss(theta, x, y), theta)))(_per_task(theta, x))
+    return grad(lambda theta: anp.sum(_one_each(loss, theta, x, y)))(_per_task(theta, x))
 
 
 # The family: the same lines, read differently --------------------------------------------------
@@ -166,7 +167,7 @@ def reptile_gradient(loss, theta, support, query, alpha, steps):
     _checked(theta, support, alpha, steps, 1, query)
     both = [np.concatenate(pair, axis=1) for pair in zip(support, query)]
     adapted = adapt(loss, theta, both, alpha, steps)
-    return loss(adapted, *query).mean(), theta - adapted.mean(axis=0)
+    return _one_each(loss, adapted, *query).mean(), theta - adapted.mean(axis=0)
 
 
 def joint_gradient(loss, theta, support, query):
@@ -207,7 +208,9 @@ def _per_task(theta, x):
     return theta if theta.ndim == 2 else theta + anp.zeros((len(x), 1), theta.dtype)
 
 
-def _one_each(values, theta):
+def _one_each(loss, theta, x, y):
+    """loss(theta [T, P], x, y), if it is one value a task, of theta's dtype."""
+    values = loss(theta, x, y)
     if (values.shape, values.dtype) != ((len(theta),), theta.dtype):
         expected = f"one value a task, {theta.dtype} ({len(theta)},)"
         raise ValueError(f"the loss returned {values.dtype} {values.shape}; expected {expected}")
@@ -357,7 +360,7 @@ SETTINGS = cli.table_of(  # what a checkpoint keeps; 20-way, 5-shot and Reptile 
     ("shots",      count,   10,        1,         1,         "support examples K per task (of a class)"),
     ("query",      count,   10,        "shots",   15,        "query examples in training, likewise"),
     ("net",        NETS,    None,      "conv",    "conv",    "network for images"),
-    ("filters",    count,   None,      64,        32,        "filters per convolution"),
+    ("filters",    count,   None,      64,        32,        "filters per convolution (--net conv)"),
     ("steps",      count,   1,         1,         5,         "training inner steps (20-way 5, Reptile 10)"),
     ("alpha",      rate,    0.01,      2.0,       0.05,      "inner step size"),
     ("beta",       rate,    0.001,     0.001,     0.001,     "outer step size, Adam's"),

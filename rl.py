@@ -5,9 +5,9 @@ Axes: T tasks, B trajectories a task, H steps a trajectory, d numbers an observa
 P parameters. Where the order of steps does not matter, [T, n, ...] has n of them. A trajectory that
 ends early is padded with steps whose mask is 0; `adaptation` leaves them out, and no mean counts them.
 
-Inside, theta'_i = theta - alpha ∇L_i(theta), L_i = -mean over steps of log pi_theta(a | s) A, whose
-gradient estimates that of eq. (4), differentiated on fixed steps. Outside, with J_i = dtheta'_i / dtheta, a
-product of I - alpha H,
+Inside, theta'_i = theta - alpha ∇L_i(theta), L_i = -mean over steps of log pi_theta(a | s) A, on fixed steps:
+its gradient estimates a positive multiple of that of eq. (4), but for the bias of discount and lambda.
+Outside, with J_i = dtheta'_i / dtheta, a product of I - alpha H,
 
     max over theta of  mean_i mean over steps of pi_theta'_i(a | s) / pi_old(a | s) A
     subject to         mean_i KL(pi_old, pi_theta'_i) <= max_kl
@@ -442,8 +442,8 @@ def conjugate_gradient(product, b, iterations, tolerance=1e-10):
 def trust_region_step(theta, value, gradient, product, objective, max_kl, cg_steps, damping, ratio, tries):
     """theta - ratio^j step, the first j = 0, 1, ... that lowers the loss within max_kl: -> theta, j, kl.
 
-    step = sqrt(2 max_kl / xᵀAx) x with A x = gradient, A = product + damping I. value is the loss at theta,
-    and objective(theta) -> loss, kl. Where no j < tries will do, theta stays and j = tries.
+    step = sqrt(2 max_kl / (xᵀAx + 1e-8)) x, A x = gradient, A = product + damping I. At theta the loss is
+    value; objective(theta) -> loss, kl. Where no j < tries will do, theta stays and j = tries.
     """
     x, residual = conjugate_gradient(lambda v: product(v) + float(damping) * v, gradient, cg_steps)
     if not np.isfinite(x).all():

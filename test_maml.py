@@ -329,7 +329,10 @@ def test_cross_entropy_and_softmax_bear_large_outputs():
 def test_recursion_equals_definition_and_finite_differences(p):
     value, expected = maml.meta_gradient_by_definition(p.loss, *p.args)
     ways = [partial(maml.meta_gradient, p.loss), partial(maml.meta_gradient, hidden(p.loss))]
-    ways += [partial(maml.meta_gradient_recomputed, p.loss, kept=kept) for kept in range(p.steps + 2)]
+    ways += [
+        partial(maml.meta_gradient_recomputed, p.loss, kept=kept)
+        for kept in np.arange(p.steps + 2, dtype="u1")
+    ]
     for way in ways:
         found = way(*p.args)
         assert error(found[0], value) < 1e-11 and error(found[1], expected) < 1e-9
@@ -886,8 +889,10 @@ def test_wrong_shapes_dtypes_and_values_are_named():
     theta, (x, y), _, alpha, _ = p.args
     size, (narrow,), layer = p.network.size, single(theta), nets.Dense(2, 2, ("w", "b"))
     adapt, wide = partial(maml.adapt, p.loss), lambda *data: p.loss(*data).astype(np.float64)
+    total = lambda *data: anp.sum(p.loss(*data))  # noqa: E731
     asked = {"tasks": 2, "ways": 2, "shots": 1, "query_shots": 1}
     few_shot = partial(tasks.few_shot, p.rng, **asked)
+    direct = maml.meta_loss, maml.meta_gradient_by_definition, maml.reptile_gradient
     ways = [maml.reptile_gradient, *(way for name, way in vars(maml).items() if "meta_gradient" in name)]
     for call, message in [
         (lambda: p.loss(theta[1:], x, y), rf"\({size - 1},\).*\({size},\)"),
@@ -910,13 +915,15 @@ def test_wrong_shapes_dtypes_and_values_are_named():
         (lambda: maml.meta_sgd_gradient(p.loss, np.tile(theta, 2), p.support, p.query, -1), "steps = -1"),
         (lambda: adapt(theta, (x, y[:1]), 0.1, 1), "different numbers of tasks"),
         (lambda: adapt(theta, (x[:0], y[:0]), 0.1, 1), "1 task and 1 example or more"),
+        (lambda: maml.meta_loss(wide, theta, (x, y), (x[:1], y[:1]), 0.1, 1), "different numbers"),
         (lambda: maml.meta_gradient(wide, theta, (x, y), (x[:1], y[:1]), 0.1, 1), "different numbers"),
         (lambda: maml.meta_gradient(wide, theta, (x, y), (x[:, :0], y[:, :0]), 0.1, 1), "1 example or more"),
         (lambda: adapt(theta, p.support, theta[1:], 1), r"\(12,\).*\(13,\)"),
         (lambda: adapt(theta, p.support, narrow, 1), "float32.*float64"),
         (lambda: adapt(theta, p.support, theta.tolist(), 1), "alpha is list"),
         *[(partial(adapt, theta, p.support, 0.1, steps), f"steps = {steps}") for steps in (-1, 2.0)],
-        (lambda: maml.adapt(lambda *d: p.loss(*d).sum(), theta, p.support, 0.1, 1), "one value a task"),
+        (lambda: maml.adapt(total, theta, p.support, 0.1, 1), "one value a task"),
+        *[(partial(way, total, theta, p.support, p.query, 0.1, 0), "one value a task") for way in direct],
         (lambda: maml.adapt(wide, narrow, single(x, y), 0.1, 1), "float64.*one value a task, float32"),
         *[(partial(maml.meta_gradient, p.loss, *p.args, n), f"order = {n}; expected 1 or 2") for n in (0, 3)],
         *[(partial(maml.meta_gradient_recomputed, p.loss, *p.args, n), f"kept = {n}") for n in (-1, 1.0)],
