@@ -1569,6 +1569,9 @@ def test_ones_own_images_are_classified(glyphs, capsys):
     assert command("--evaluate b.npz --adapt own") == 0
     assert command("--evaluate b.npz --adapt own --alpha 1e38") == 1
     assert "diverge within 10 steps: lower" in capsys.readouterr().err
+    shutil.rmtree("own/bar")
+    shutil.rmtree(f"own/{'ring' * 7}")
+    assert command("--evaluate b.npz --adapt own") == 2 and "own: no folders" in capsys.readouterr().err
 
 
 def test_short_navigation_training_learns_to_adapt(folder):
