@@ -603,12 +603,11 @@ def test_support_and_query_share_no_image_and_the_classes_of_a_task_differ(size,
 
 
 def test_a_class_turns_alike_in_support_and_query_by_every_multiple_of_90_degrees():
-    rng = np.random.default_rng(0)
-    images = rng.random((3, 1, 5, 5, 2)).repeat(4, axis=1)  # a class's are all the same one; floats stay
-    (x, _), (xq, _) = tasks.few_shot(rng, images, 200, 3, 1, 3, rotate=True)
-    assert x.dtype == xq.dtype == np.float32
+    rng, images = np.random.default_rng(0), np.zeros((3, 4, 5, 5, 2), np.uint8)
+    images[...] = rng.integers(0, 256, (3, 1, 5, 5, 2))  # a class's images are all the same one
+    (x, _), (xq, _) = tasks.few_shot(rng, images, 200, 3, 1, 3, rotate=True, dtype=np.float64)
     assert (x.reshape(200, 3, 1, -1) == xq.reshape(200, 3, 3, -1)).all()
-    turned = np.stack([np.rot90(images[:, 0], k, axes=(1, 2)) for k in range(4)], 1).astype(np.float32)
+    turned = np.stack([np.rot90(images[:, 0] / 255, k, axes=(1, 2)) for k in range(4)], 1)
     found = (x[:, :, None, None] == turned).all((-3, -2, -1))  # [task, way, class, turn]
     assert (found.sum((2, 3)) == 1).all()
     assert (abs(found.sum((0, 1)) - 50) < 30).all()
@@ -625,6 +624,13 @@ def test_every_class_and_image_is_as_likely_in_every_place():
         assert ((counts - 400) ** 2 / 400).sum() < 50  # chi-squared with 19 degrees: p = 1e-4
     numbers = np.rint(255 * x[..., 0, 0, 0]) % 4
     assert abs((numbers[:, 0] == numbers[:, 1]).mean() - 1 / 4) < 0.03, "each class's is drawn on its own"
+
+
+def test_floats_pass_unscaled():
+    images = np.random.default_rng(0).random((3, 2, 4, 4, 1))
+    for dtype in (np.float32, np.float64):
+        (x, y), _ = tasks.few_shot(np.random.default_rng(1), images, 5, 3, 1, 1, dtype=dtype)
+        assert x.dtype == y.dtype == dtype and np.isin(x, images.astype(dtype)).all()
 
 
 def test_labelled_images_carry_their_class_and_so_does_the_nearest():
