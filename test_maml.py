@@ -2039,6 +2039,7 @@ def test_log_std_has_a_floor_below_which_nothing_moves_it():
     for low in (-20, rl.LOWEST):
         p.policy.unflatten(theta)["log_std"][0] = low
         assert np.allclose(p.policy.apply(theta, x)[..., 2], np.log(1e-6))
+        assert error(p.policy.forward(theta, x)[0], p.policy.apply(theta, x)) == 0
         check_closed_forms(p.loss, theta, x, y, p.rng.normal(size=p.adapted.shape), 1e-11)
         for loss in (p.loss, hidden(p.loss)):
             g = p.policy.unflatten(maml.gradient(loss, theta, x, y))["log_std"]
