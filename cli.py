@@ -414,8 +414,9 @@ def run(argv, module, ending):
     try:
         report(models, args, module)
     except KeyboardInterrupt:
-        hint = ": --evaluate makes the table and the picture again"
-        raise KeyboardInterrupt("interrupted" + hint * bool(args.evaluate or args.save or args.resume))
+        kept = args.evaluate or args.save or args.resume
+        hint = "--evaluate makes the table and the picture again" if kept else "the model is not kept"
+        raise KeyboardInterrupt(f"interrupted: {hint}")
 
 
 def evaluated(path, args, module):

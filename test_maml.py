@@ -1575,8 +1575,7 @@ def test_ones_own_images_are_classified(glyphs, capsys):
     assert command("--evaluate b.npz --adapt own") == 0
     assert command("--evaluate b.npz --adapt own --alpha 1e38") == 1
     assert "diverge within 10 steps: lower" in capsys.readouterr().err
-    shutil.rmtree("own/bar")
-    shutil.rmtree(f"own/{'ring' * 7}")
+    [*map(shutil.rmtree, ("own/bar", f"own/{'ring' * 7}"))]
     assert command("--evaluate b.npz --adapt own") == 2 and "own: no folders" in capsys.readouterr().err
 
 
@@ -1645,6 +1644,11 @@ def test_every_purpose_has_its_own_classes_and_of_every_seed_its_own_stream():
         assert low / 255 <= x.min() and max(x.max(), xq.max()) <= high / 255
     sample = image_experiment("--task omniglot --baseline pretrained").meta_batch()["sample"]
     assert sample(np.random.default_rng(0), tasks=1)[0][0].max() <= 60 / 255
+    for one in (experiment, experiments[0]):
+        theta, one.sample, one.stream = one.start().theta, Mock(wraps=one.sample), Mock(wraps=one.stream)
+        for purpose in ("validation", "test"):
+            one.curve(theta, purpose, 2, 5, 0)
+            assert one.sample.call_args.args == (purpose, 5) and one.stream.call_args.args == (purpose,)
 
 
 @pytest.mark.parametrize(
@@ -1686,10 +1690,11 @@ def test_a_score_of_returns_is_of_validation_goals_after_adaptation_where_there_
 @pytest.mark.parametrize("task, turned", [("omniglot", True), ("miniimagenet", False)])
 def test_characters_are_turned_and_photographs_are_not(task, turned):
     experiment = image_experiment("--task", task)
-    experiment.images["train"][...] = 0
-    experiment.images["train"][:, :, 0] = 255  # a bright first row
-    (x, _), _ = experiment.sample("training", 1, 1)(np.random.default_rng(0), tasks=9)
-    assert (x[:, :, 0].min() == 1) != turned
+    for purpose, split in maml.SPLITS.items():
+        experiment.images[split][...] = 0
+        experiment.images[split][:, :, 0] = 255  # a bright first row
+        (x, _), _ = experiment.sample(purpose, 1, 1)(np.random.default_rng(0), tasks=9)
+        assert (x[:, :, 0].min() == 1) != turned
 
 
 @pytest.mark.parametrize("method", maml.METHODS)
@@ -1808,13 +1813,14 @@ sys.exit(maml.main())
 
 
 @pytest.mark.parametrize("module, run", [(maml, MANY_GLYPHS), (rl, MANY_WALKS)])
-def test_any_number_of_workers_gives_the_same_bits(glyphs, monkeypatch, module, run):
+def test_any_number_of_workers_gives_the_same_bits_also_after_a_resume(glyphs, monkeypatch, module, run):
     monkeypatch.setattr(cli, "process_pool", pool := Mock(wraps=cli.process_pool))
-    for name, words in (("none", ""), ("one", "--workers 1"), ("three", "--workers 3")):
-        assert command(run, words, "--iterations 2 --save", f"{name}.npz", module=module) == 0
+    part = "--workers 3 --iterations 1 --save part.npz", "--workers 2 --resume part.npz --save parts.npz"
+    for words in ("--save none.npz", "--workers 1 --save one.npz", *part):
+        assert command(run, "--iterations 2", words, module=module) == 0
     np.testing.assert_equal(arrays("none.npz"), arrays("one.npz"))
-    np.testing.assert_equal(arrays("none.npz"), arrays("three.npz"))
-    assert [call.args for call in pool.call_args_list][-2:] == [(1,), (3,)]
+    np.testing.assert_equal(arrays("none.npz"), arrays("parts.npz"))
+    assert [call.args for call in pool.call_args_list][-3:] == [(1,), (3,), (2,)]
 
 
 def test_a_dask_cluster_gives_the_same_bits_and_a_line_where_it_is_lost(glyphs, capsys):
@@ -1856,6 +1862,7 @@ def alive(pid):
     "words, until, code, line",
     [
         ("--evaluate a.npz --eval-steps 1000000", "evaluating", 130, "--evaluate makes the table"),
+        (QUICK + " --eval-steps 1000000", "evaluating", 130, "maml.py: interrupted: the model is not kept"),
         (WORKERS, "workers", 130, "maml.py: interrupted"),
         (WORKERS, "b.npz", 1, "maml.py: a worker was lost; b.npz holds the last checkpoint, --resume it"),
         (WORKERS, "b.npz", -signal.SIGKILL, ""),
