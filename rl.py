@@ -466,7 +466,7 @@ share = cli.checked(float, lambda x: 0 <= x <= 1, "share (0 to 1)")
 SETTINGS = cli.table_of(  # what a checkpoint keeps
     TASKS,
     # in the order of TASKS: navigation, cheetah-vel, cheetah-dir, ant-vel, ant-dir
-    ("meta_batch",   count,  40,   40,   40,   40,   40,   "tasks per meta-iteration"),
+    ("meta_batch",   count,  40,   40,   40,   20,   20,   "tasks per meta-iteration"),
     ("trajectories", count,  20,   20,   20,   20,   40,   "trajectories per task and step, K"),
     ("steps",        whole,  1,    1,    1,    1,    1,    "inner gradient steps in training (baselines 0)"),
     ("order",        (1, 2), 2,    2,    2,    2,    2,    "1 drops the second derivatives"),
