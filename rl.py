@@ -344,7 +344,7 @@ def advantages(rewards, values, mask, discount, lam):
     a = discounted((rewards + discount * following - values) * mask, discount * lam)
     steps = mask.sum(axis=(1, 2), keepdims=True)
     centred = (a - (a * mask).sum(axis=(1, 2), keepdims=True) / steps) * mask
-    return centred / (np.sqrt((centred**2).sum(axis=(1, 2), keepdims=True) / steps) + a.dtype.type(1e-8))
+    return centred / (np.sqrt((centred**2).sum(axis=(1, 2), keepdims=True) / steps) + 1e-8)
 
 
 def batch_of(episodes, discount, lam):
@@ -630,7 +630,7 @@ class Experiment:
         began = time.monotonic()
         try:
             theta, (*outcome, taken) = self.meta_iteration(state.theta, rng, map)
-        except (FloatingPointError, np.linalg.LinAlgError) as error:
+        except FloatingPointError as error:
             raise FloatingPointError(f"{error} (iteration {state.iteration + 1})") from None
         state = state._replace(theta=theta, iteration=state.iteration + 1)
         return state, (*outcome, taken / (time.monotonic() - began))

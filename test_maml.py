@@ -7,6 +7,7 @@ difference steps over a kink.
 """
 
 import builtins
+import copy
 import csv
 import dis
 import inspect
@@ -2099,6 +2100,7 @@ def test_returns_and_advantages_equal_plain_loops_with_early_ends(seed, discount
     for i in range(2):
         plain = expected[i][mask[i] == 1]
         assert np.allclose(found[i][mask[i] == 1], (plain - plain.mean()) / (plain.std() + 1e-8), rtol=1e-6)
+    assert not rl.advantages(*np.ones((3, 1, 1, 1)), discount, lam).any()
     assert not found[mask == 0].any() and rl.discounted(np.array([1, 1]), 0.5)[0] == 1.5
     assert rl.advantages(*single(rewards, values, mask), np.float64(discount), lam).dtype == np.float32
 
@@ -2123,7 +2125,7 @@ def test_baseline_equals_one_least_squares_a_task(seed):
 def test_features_and_batches_are_as_the_authors_have_them():
     o = np.zeros((1, 1, 3, 2))
     assert np.allclose(rl.features(o)[0, 0, 2, 4:], [0.02, 0.0004, 0.000008, 1])
-    assert rl.features(o - 20)[0, 0, 0, :4].tolist() == [-10, -10, 100, 100]
+    assert rl.features(o + [-20, 20])[0, 0, 0, :4].tolist() == [-10, 10, 100, 100]
     rng, shape = np.random.default_rng(0), (1, 4, 9)
     numbers = (rng.normal(size=(*shape, size)) for size in (2, 1))
     episodes = rl.Episodes(*numbers, rng.normal(size=shape), np.ones(shape))
@@ -2138,6 +2140,7 @@ def test_conjugate_gradient_solves_and_the_line_search_keeps_theta_where_nothing
     matrix, b = root @ root.T + np.eye(6), rng.normal(size=6)
     x, residual = rl.conjugate_gradient(lambda v: matrix @ v, b, 6, 0)
     assert error(x, np.linalg.solve(matrix, b)) < 1e-9 > np.linalg.norm(residual)
+    assert np.linalg.norm(rl.conjugate_gradient(lambda v: matrix @ v, b, 9)[1]) < 1e-5
     x, residual = rl.conjugate_gradient(lambda v: matrix @ v, b, 3)
     assert error(residual, b - matrix @ x) < 1e-9
     x, residual = rl.conjugate_gradient(lambda v: v, np.zeros(6), 5)
@@ -2299,12 +2302,16 @@ def test_locomotion_equals_gymnasium_and_pays_the_authors_rewards(mujoco, name):
         mujoco.mj_kinematics(model, moved)
         mujoco.mj_comPos(model, moved)
         seen, centre = observation[1, 0], observation[1, 0, -3:]
-        assert np.array_equal(seen[: model.nq - 1], simulation.qpos[0 if ant else 1 :][: model.nq - 1])
+        settled = copy.copy(alone.data)
+        mujoco.mj_forward(model, settled)
+        mujoco.mj_rnePostConstraint(model, settled)
+        contacts = np.clip(settled.cfrc_ext, -1, 1) if ant else np.zeros(0)
+        parts = settled.qpos[not ant :], settled.qvel, contacts.ravel(), settled.xmat[1 : 1 + ant].ravel()
+        assert np.array_equal(seen, np.concatenate([*parts, centre]))
         velocity = (moved.subtree_com[1] - centre)[0] / h
         expected = -velocity if name.endswith("dir") else -abs(velocity + 1)
         expected -= (0.005 if ant else 0.05) * (np.clip(action[1, 0], -1, 1) ** 2).sum()
         if ant:
-            contacts = np.clip(simulation.cfrc_ext, -1, 1)
             expected += 0.05 + name.endswith("vel") - 0.0005 * (contacts**2).sum()
             assert ended[1, 0] == (not 0.2 <= simulation.qpos[2] <= 1)
         assert abs(reward[1, 0] - expected) < 1e-4
@@ -2330,8 +2337,8 @@ def test_locomotion_starts_as_the_authors_do(mujoco, name, place, start):
 
 
 def test_an_ant_is_done_by_its_height_or_a_state_not_finite_and_then_stays(mujoco):
-    for place, value, done in ((2, 0.15, 1), (2, 0.25, 0), (2, 0.99, 0), (2, 1.02, 1), (15, 1e200, 1)):
-        environment = rl.Locomotion("ant-dir", [1.0], 2, oracle=True)
+    for place, value, done in ((2, 0.16, 1), (2, 0.18, 0), (2, 0.99, 0), (2, 1.01, 1), (15, 1e200, 1)):
+        environment = rl.Locomotion("ant-dir", [-1.0], 2, oracle=True)
         environment.reset(np.random.default_rng(0))
         with refused(r"expected \(1, 2, 8\)"):
             environment.step(np.zeros((1, 2, 1)))
@@ -2343,7 +2350,8 @@ def test_an_ant_is_done_by_its_height_or_a_state_not_finite_and_then_stays(mujoc
         again, _, ended = environment.step(np.ones((1, 2, 8)))
         stays = np.array_equal(again[0, 0], seen[0, 0], equal_nan=True)
         assert (second[0, 0] == 0) == stays == ended[0, 0] == done
-        assert second[0, 1] != 0 and again.shape == (1, 2, 126) and (again[..., -1] == 1).all()
+        assert second[0, 1] != 0 and (again[..., -1] == -1).all()
+        assert again.shape[2:] == rl_experiment("ant-dir", "--baseline oracle").policy.inputs == (126,)
 
 
 @pytest.mark.parametrize("name", ["cheetah-dir", "ant-vel"])
@@ -2360,6 +2368,7 @@ def test_a_body_is_drawn_where_it_was_seen(mujoco, matplotlib, name):
     (axes,), count = canvas.axes, 4 * parts.sum()
     assert len(axes.patches) == 3 * count
     least, most = axes.patches[count], axes.patches[2 * count]
+    assert most.get_label().startswith("after 3 steps")
     assert float(most.get_label().split()[-1]) == rl.test_goals(name, 40).max().round(1)
     assert not np.array_equal(least.get_xy(), most.get_xy())
     assert axes.get_yticklabels()[-1].get_text() == f"{21 * environment.model.opt.timestep:.1f} s"
@@ -2438,12 +2447,23 @@ def test_the_readmes_figures_are_those_of_the_weights_and_tables(folder):
     for name, some in parts.items():
         Path(name).write_text("\n".join([*some, ""]))
     assert assets.tables.joined(reversed(parts)) == "\n".join([head, *rows, ""])
-    for old, new, reason in [("tasks", "tasks,model", "one shape"), (",20,10,", ",20,11,", "missing")]:
+    long = '"' + "a" * 200_000  # longer than csv takes
+    for old, new, reason in [
+        ("tasks", "tasks,model", "one shape"),
+        (",20,10,", ",20,11,", "missing"),
+        (",mse,", long, "no whole table"),
+    ]:
         Path(name).write_text("\n".join([*some, ""]).replace(old, new))
         with pytest.raises(cli.Unusable, match=reason):
             assets.tables.joined(parts)
-    with pytest.raises(cli.Unusable, match="one shape"):
-        assets.tables.joined([*parts][:-1])
+    for paths, reason in ([*parts][:-1], "one shape"), ([*parts][:1] * 2, "of this name came before"):
+        with pytest.raises(cli.Unusable, match=reason):
+            assets.tables.joined(paths)
+    for end in ("npz", "csv"):
+        shutil.copy(HERE / f"assets/weights/sinusoid.{end}", folder)
+    Path("sinusoid-2400.csv").write_text("a\nb\n")
+    with pytest.raises(cli.Unusable, match="sinusoid.npz: it or its table is damaged"):
+        assets.tables.row(Path("sinusoid.npz"))
 
 
 @pytest.mark.parametrize("module, name", [(maml, "sinusoid"), (rl, "navigation-oracle")])
