@@ -26,6 +26,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from unittest import mock
 
 import autograd.numpy as anp
@@ -40,6 +41,7 @@ import tasks
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # compile times are those of a first call
 jax, torch = (import_module(name) if find_spec(name) else None for name in ("jax", "torch"))
+CXX = which(os.environ.get("CXX", "g++"))  # without which PyTorch compiles nothing
 THREADS = sorted({1, cli.cores()})
 
 # Measuring -------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ def torch_meta_gradients(threads, loss, rates, steps, arrays, *data):
     """{name and threads: side}: torch.func as it stands, and compiled."""
     each = torch.func.vmap(one_task(torch.func.grad, loss, rates, steps), (None, 0, 0, 0, 0))
     outer = torch.func.grad(lambda *data: each(*data).mean())
-    ways = {"torch.func": outer, "compiled": torch.compile(outer, dynamic=False)}
+    ways = {"torch.func": outer} | ({"compiled": torch.compile(outer, dynamic=False)} if CXX else {})
     data = [*map(channels_first, arrays)], *map(channels_first, data)
     return {f"{way}, {n} threads": partial(on_threads, n, ways[way], *data) for way in ways for n in threads}
 
@@ -305,8 +307,7 @@ def mean_gradient(experiment, theta, map):
 
 
 def images():
-    columns = "torch.func", "compiled"
-    header(columns)
+    header(columns := ("torch.func", "compiled"))
     for words in ("--task omniglot", "--task omniglot --ways 20", "--task miniimagenet"):
         # In float32 rounding tips single ReLUs and pools over: some 15 % of MiniImagenet's gradient.
         two = image_experiment(words + " --meta-batch 2 --dtype float64")
@@ -354,8 +355,7 @@ def resident(field):
 
 
 def reinforcement():
-    columns = "definition", "torch"
-    header(columns)
+    header(columns := ("definition", "torch"))
     experiment, rng = experiment_of(rl, "--task navigation --meta-batch 10"), np.random.default_rng(0)
     s, theta = experiment.settings, experiment.start().theta
     theta = theta + rng.normal(0, 0.1, theta.shape).astype(theta.dtype)  # at first every unit is at its kink

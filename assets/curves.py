@@ -43,7 +43,7 @@ def published(weights, log=None):
     results = weights.with_suffix(".csv")
     if not (weights.exists() and results.exists()) or results == log:
         return None, 1, "", ""
-    settings, _, experiment, _, shots = tables.loaded(weights)
+    settings, _, experiment, shots, *_ = tables.loaded(weights)
     figures = experiment.published(settings.get("shots", shots))
     metric = experiment.metric_name + " in %" * (experiment.scale == 100)
     after = 1 if 1 in figures else max(figures, default=settings["steps"])

@@ -8,6 +8,7 @@ Beside NAME.npz stand the --results of its evaluation, NAME.csv, and of 2,400 ta
 import csv
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,15 @@ import tasks
 
 WEIGHTS, SINUSOIDS = (Path(__file__).with_name(name) for name in ("weights", "sinusoid.csv"))
 SHOWN = (5, 0), (5, 1), (5, 5), (5, 10), (10, 1), (10, 10), (20, 1), (20, 10)  # K, gradient steps
+
+
+@contextmanager
+def explained(what):
+    """Whatever the bytes of a file hold is an error of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise cli.Unusable(f"{what} ({tasks.one_line(error)})") from None
 
 
 def results(path):
@@ -33,27 +43,28 @@ def results(path):
 
 
 def loaded(weights):
-    """A model -> settings, State, experiment, `results`, and K: the published one where there is one."""
-    try:
+    """A model -> settings, State, experiment, K (the published one where there is one), two `results`.
+
+    The second is of 2,400 tasks, or empty.
+    """
+    more = weights.with_name(f"{weights.stem}-2400.csv")
+    with explained(f"{weights}: it or its table is damaged, or missing"):
         with np.load(weights) as arrays:
             task = json.loads(arrays["settings"].item())["task"]
         module = rl if task in rl.TASKS else maml
         settings, state, *_ = cli.load_checkpoint(str(weights), module)
         experiment, found = module.experiment_of(settings), results(weights.with_suffix(".csv"))
         shots = next((k for k, _ in found if experiment.published(k)), min(found)[0])
-    except Exception as error:  # whatever the bytes hold
-        raise cli.Unusable(f"{weights}: it or its table is damaged, or missing ({tasks.one_line(error)})")
-    return settings, state, experiment, found, shots
+        return settings, state, experiment, shots, found, results(more) if more.exists() else {}
 
 
 def row(weights):
     """A model's line of the table."""
-    settings, state, experiment, found, shots = loaded(weights)
+    settings, state, experiment, shots, *tables = loaded(weights)
     paper = experiment.published(shots)
-    steps = list(paper) or [step for k, step in found if k == shots]
-    more = weights.with_name(f"{weights.stem}-2400.csv")
+    steps = list(paper) or [step for k, step in tables[0] if k == shots]
     figures = []
-    for summaries in (found, results(more) if more.exists() else {}):
+    for summaries in tables:
         some = [summaries[shots, step] for step in steps if (shots, step) in summaries]
         figures.append(", ".join(cli.cell(one, experiment.scale, experiment.digits) for one in some) or "–")
     cells = [
@@ -71,15 +82,15 @@ def joined(paths):
     """The rows of METHOD-SEED.csv files as one table, with the seed in front."""
     tables, heads, methods = {}, set(), [m for m in maml.METHODS + maml.BASELINES if m != "nearest"]
     for path in map(Path, paths):
-        try:
+        with explained(f"{path}: no whole table of --results"):
             head, *lines = path.read_text().splitlines() or [""]
             missing = set(SHOWN) - results(path).keys()
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise cli.Unusable(f"{path}: no whole table of --results ({tasks.one_line(error)})")
         if missing:
             raise cli.Unusable(f"{path}: K, steps {sorted(missing)} are missing; evaluate as by default")
         heads.add(head)
         method, _, seed = path.stem.rpartition("-")
+        if (method, seed) in tables:
+            raise cli.Unusable(f"{path}: another file of this name came before; name one of them")
         tables[method, seed] = [f"{seed},{line}" for line in lines if line.startswith(f"sinusoid,{method},")]
     sizes = {*map(len, tables.values())}
     every = {(method, seed) for method in methods for _, seed in tables}
@@ -125,7 +136,9 @@ def main(*paths):
         table = joined(paths).encode()
         with cli.writing(SINUSOIDS) as file:
             file.write(table)
-    lines = [*map(row, sorted(WEIGHTS.glob("*.npz"))), "", *sinusoid_rows(), ""]
+    with explained(f"{SINUSOIDS}: it is damaged, or missing"):
+        sinusoids = [*sinusoid_rows()]
+    lines = [*map(row, sorted(WEIGHTS.glob("*.npz"))), "", *sinusoids, ""]
     cli.tell("\n".join([*lines, *settings_rows(maml), "", *settings_rows(rl)]), to="stdout")
 
 
