@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Learning curves of runs, from their --log files: python -m assets.curves FILE.png NAME-log.csv ...
 
-Before and after the training's inner steps: of images the accuracy on validation tasks, of reinforcement
+Before and after the training's inner steps: the accuracy or error on validation tasks, of reinforcement
 learning the return on each meta-batch; where NAME.npz and NAME.csv are beside it, the published test figure.
 """
 
