@@ -10,7 +10,6 @@ from pathlib import Path
 
 import cli
 import maml
-import tasks
 from assets import tables
 
 
@@ -19,12 +18,9 @@ def plot_curves(canvas, logs):
     grid = canvas.subplots(-(-len(logs) // 4), min(len(logs), 4), squeeze=False).ravel()
     for axes, log in zip(grid, map(Path, logs)):
         name = log.stem.removesuffix("-log")
-        try:
+        with tables.explained(f"{log}: it or its model is damaged, or not of this project"):
             figure, scale, metric, steps = published(log.with_name(f"{name}.npz"), log)
             maml.learning(axes, log, scale)
-        except (OSError, ValueError, LookupError, TypeError, cli.Unusable) as error:
-            reason = tasks.one_line(error)
-            raise cli.Unusable(f"{log}: it or its model is damaged, or not of this project ({reason})")
         if figure:
             axes.axhline(float(figure.split()[0]), color=maml.RED, lw=1, ls="--", label="published, test")
         axes.set_title(f"{cli.text_of(name)}{steps}", loc="left", fontsize=8)
