@@ -2414,6 +2414,7 @@ def test_a_function_can_be_copied_out_with_what_the_readme_says_it_needs():
         assert set(needs) <= used, names
     assert len(copied) > 25
     shipped = [HERE / f"{name}.py" for name in "bench cli maml nets rl tasks test_maml".split()]
+    shipped += (HERE / "assets").glob("*.py")
     assert all(one.read_bytes().startswith(b"# SPDX-License-Identifier: MIT\n") for one in shipped)
     p = problem(sizes=(1, 4, 1))
     for name in ("meta_gradient", "meta_gradient_by_definition", "meta_gradient_recomputed"):
