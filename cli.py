@@ -432,7 +432,10 @@ def evaluated(path, args, module):
 
 
 def started(args, module):
-    """A run from its start, or from --resume -> its experiment, State, Best and Generator."""
+    """A run from its start, or from --resume -> its experiment, State, Best and Generator.
+
+    Its length and its outer step size may change on the way.
+    """
     if not args.resume:
         experiment = module.experiment_of(settings_of(args, module))
         state = experiment.start()
@@ -440,7 +443,7 @@ def started(args, module):
     settings, state, best, rng = load_checkpoint(args.resume, module)
     if rng is None:
         raise Unusable(f"{args.resume} holds weights alone, to --evaluate; resume the checkpoint beside it")
-    reconcile(args, settings, args.resume, module, free=("iterations",))
+    reconcile(args, settings, args.resume, module, free=("iterations", "beta"))
     if settings["iterations"] <= state.iteration:
         raise Unusable(f"{args.resume} is at iteration {state.iteration}; give --iterations above that")
     return module.experiment_of(settings), state, best, rng
@@ -509,7 +512,7 @@ def hinting(module, save):
         if isinstance(error, BrokenExecutor):
             error = OSError("a worker was lost")
         hint = f": lower {module.LOWER}" if isinstance(error, FloatingPointError) else ""
-        verb = "--evaluate" if hint else "--resume"  # a resumed run keeps its rates
+        verb = "--evaluate" if hint else "--resume"  # at its rates it would diverge again
         kept = f"; {save} holds the last checkpoint, {verb} it" if save and os.path.exists(save) else ""
         raise type(error)(f"{error}{hint}{kept}") from None
 

@@ -363,7 +363,7 @@ SETTINGS = cli.table_of(  # what a checkpoint keeps; 20-way, 5-shot and Reptile 
     ("filters",    count,   None,      64,        32,        "filters per convolution (--net conv)"),
     ("steps",      count,   1,         1,         5,         "training inner steps (20-way 5, Reptile 10)"),
     ("alpha",      rate,    0.01,      2.0,       0.05,      "inner step size"),
-    ("beta",       rate,    0.001,     0.001,     0.001,     "outer step size, Adam's"),
+    ("beta",       rate,    0.001,     0.001,     0.001,     "outer step size, Adam's; --resume may set it"),
     ("meta_batch", count,   25,        32,        4,         "meta-batch (20-way 16, MiniImagenet 5-shot 2)"),
     ("iterations", count,   70_000,    60_000,    60_000,    "meta-iterations in all"),
     ("seed",       whole,   0,         0,         0,         "seed of weights and tasks"),

@@ -1078,6 +1078,18 @@ def test_a_run_resumed_from_anywhere_to_anywhere_is_the_unbroken_one(glyphs, mon
     assert {path.suffix for path in glyphs.iterdir()} <= {".npz", ".csv", ".table", ""}  # no log of MuJoCo's
 
 
+def test_a_resumed_run_may_take_another_outer_step_size(folder):
+    """Adam's next step is proportional to it; a further part keeps it."""
+    assert command(QUICK, "--dtype float64 --save a.npz") == 0
+    for name, flags in {"kept": "", "tenth": "--beta 0.0001"}.items():
+        assert command("--resume a.npz --iterations 41 --eval-tasks 2 --save", f"{name}.npz", flags) == 0
+    start, kept, tenth = (arrays(f"{name}.npz")["theta"] for name in ("a", "kept", "tenth"))
+    np.testing.assert_allclose(kept - start, 10 * (tenth - start), rtol=1e-9, atol=1e-13)
+    assert command("--resume tenth.npz --iterations 42 --eval-tasks 2") == 0
+    for name, beta in {"kept": 0.001, "tenth": 0.0001}.items():
+        assert cli.load_checkpoint(f"{name}.npz", maml)[0]["beta"] == beta
+
+
 def test_a_damaged_tail_of_the_log_is_healed(folder, monkeypatch):
     monkeypatch.setattr(maml.Experiment, "log_every", 10)
     command(QUICK, "--iterations 60 --log whole.csv")
@@ -1238,7 +1250,7 @@ def files(tmp_path_factory, omniglot):
 TRAINING = "resume save log iterations".split()
 COUNTS = "shots query steps meta-batch iterations eval-tasks eval-steps eval-shots".split()
 INNER, FOREIGN = ("--steps", "--order"), ("log afile", "results afile", "log old.csv")
-KEPT = {"alpha": 0.01, "beta": 0.001, "meta-batch": 3}
+KEPT = {"alpha": 0.01, "seed": 0, "meta-batch": 3}
 WRECKS = "afile empty fifo cut.npz other.npz pickled.npz extra.npz endless.npz".split()
 BAD = {
     maml: [
