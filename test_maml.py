@@ -1488,6 +1488,8 @@ def test_scripts_of_assets_draw_pictures(matplotlib, folder, monkeypatch):
     given = curves.published(HERE / "assets/weights/omniglot-5way-1shot.npz")
     assert given == ("98.7 ± 0.4", 100, "accuracy in %", "\nsteps: 1; published: after 3")
     assert curves.published(HERE / "assets/weights/sinusoid.npz")[0] == "", "of K = 5, and training has 10"
+    curves.plot_curves(canvas := cli.canvas_of(4, 3), [HERE / "assets/weights/omniglot-20way-5shot-log.csv"])
+    assert canvas.axes[0].lines[-1].get_ydata()[0] == 98.9 < canvas.axes[0].get_ylim()[1] - 3, "on the frame"
     shutil.copy(HERE / "assets/weights/cheetah-dir.npz", "a.npz")
     curves.main("assets/curves.png", "a.csv")
     assert sorted(os.listdir("assets")) == ["curves.png", "idea.png"]

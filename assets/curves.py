@@ -23,6 +23,7 @@ def plot_curves(canvas, logs):
             maml.learning(axes, log, scale)
         if figure:
             axes.axhline(float(figure.split()[0]), color=maml.RED, lw=1, ls="--", label="published, test")
+            axes.autoscale(axis="y")  # where the line would fall on the frame
         axes.set_title(f"{cli.text_of(name)}{steps}", loc="left", fontsize=8)
         axes.set(ylabel=metric)
     lines = {name: line for axes in grid for line, name in zip(*axes.get_legend_handles_labels())}
