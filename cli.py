@@ -351,9 +351,9 @@ def main(module, argv=None):
 
     The module has build_parser(); TASKS, METHODS and BASELINES; SETTINGS and EVALUATION, the tables of what a
     checkpoint keeps and an evaluation may be asked; conditional_defaults(args, task, method) of SETTINGS;
-    Experiment, whose contract `maml.Experiment` states, and experiment_of(settings), which makes one; train,
-    the loop of meta-iterations; plot(models, curves, log); LOWER, what to lower where training diverges; and
-    classify(models, args), where its parser has --adapt.
+    OUTER, the one that is the outer step size; Experiment, whose contract `maml.Experiment` states, and
+    experiment_of(settings), which makes one; train, the loop of meta-iterations; plot(models, curves, log);
+    and classify(models, args), where its parser has --adapt.
     """
     one_blas_thread()
     with ExitStack() as ending:  # waits for the workers' last parcels when all has been said
@@ -443,7 +443,7 @@ def started(args, module):
     settings, state, best, rng = load_checkpoint(args.resume, module)
     if rng is None:
         raise Unusable(f"{args.resume} holds weights alone, to --evaluate; resume the checkpoint beside it")
-    reconcile(args, settings, args.resume, module, free=("iterations", "beta"))
+    reconcile(args, settings, args.resume, module, free=("iterations", module.OUTER))
     if settings["iterations"] <= state.iteration:
         raise Unusable(f"{args.resume} is at iteration {state.iteration}; give --iterations above that")
     return module.experiment_of(settings), state, best, rng
@@ -511,9 +511,11 @@ def hinting(module, save):
     except (FloatingPointError, OSError, BrokenExecutor) as error:
         if isinstance(error, BrokenExecutor):
             error = OSError("a worker was lost")
-        hint = f": lower {module.LOWER}" if isinstance(error, FloatingPointError) else ""
-        verb = "--evaluate" if hint else "--resume"  # at its rates it would diverge again
-        kept = f"; {save} holds the last checkpoint, {verb} it" if save and os.path.exists(save) else ""
+        hint, how = "", "--resume it"
+        if isinstance(error, FloatingPointError):  # at its rates it would diverge again
+            lower = "--" + module.OUTER.replace("_", "-")
+            hint, how = f": lower --alpha or {lower}", f"--evaluate it, or --resume it with a lower {lower}"
+        kept = f"; {save} holds the last checkpoint, {how}" if save and os.path.exists(save) else ""
         raise type(error)(f"{error}{hint}{kept}") from None
 
 

@@ -349,7 +349,7 @@ def summarize(values, threshold=np.inf, worst=np.inf):
 TASKS = cli.COMMANDS["maml.py"]
 METHODS = ("maml", "fomaml", "anil", "meta-sgd", "reptile")
 BASELINES = ("random", "pretrained", "oracle", "nearest")
-LOWER = "--alpha or --beta"  # where training diverges
+OUTER = "beta"  # the outer step size
 CLASSIFIED = {"omniglot": 1100, "miniimagenet": 64}  # training classes: the pretrained classifier's outputs
 NETS, QUERIES = ("conv", "mlp"), ("together", "alone")
 # fmt: off

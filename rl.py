@@ -472,7 +472,7 @@ SETTINGS = cli.table_of(  # what a checkpoint keeps
     ("order",        (1, 2), 2,    2,    2,    2,    2,    "1 drops the second derivatives"),
     ("alpha",        rate,   0.5,  0.1,  0.1,  0.1,  0.1,  "inner step size (baselines: rl.ALPHA)"),
     ("iterations",   count,  100,  475,  100,  375,  575,  "meta-iterations in all"),
-    ("max_kl",       rate,   0.01, 0.01, 0.02, 0.01, 0.01, "largest KL of an outer step, nats"),
+    ("max_kl",       rate,   0.01, 0.01, 0.02, 0.01, 0.01, "outer KL limit, nats; --resume may set it"),
     ("hidden",       count,  100,  100,  100,  100,  100,  "units of both hidden layers"),
     ("horizon",      count,  100,  200,  200,  200,  200,  "steps of a trajectory"),
     ("frame_skip",   count,  None, 1,    1,    1,    1,    "physics steps an action lasts"),
@@ -500,7 +500,7 @@ ALPHA = {  # with which the authors adapt what was not meta-trained
 # fmt: on
 SIZES = {"navigation": (2, 2, 2), "cheetah": (20, 6, 1), "ant": (125, 8, 1)}  # observation, action, goal
 METHODS, BASELINES = ("maml",), tuple(ALPHA)
-LOWER = "--alpha or --max-kl"  # where training diverges
+OUTER = "max_kl"  # the outer step size
 
 # The authors' figures, from their result files: (task, method) -> mean return after 0, 1, 2, 3 steps.
 PAPER = {

@@ -1079,7 +1079,7 @@ def test_a_run_resumed_from_anywhere_to_anywhere_is_the_unbroken_one(glyphs, mon
 
 
 def test_a_resumed_run_may_take_another_outer_step_size(folder):
-    """Adam's next step is proportional to it; a further part keeps it."""
+    """Adam's next step is proportional to it, TRPO's KL below it; a further part keeps it."""
     assert command(QUICK, "--dtype float64 --save a.npz") == 0
     for name, flags in {"kept": "", "tenth": "--beta 0.0001"}.items():
         assert command("--resume a.npz --iterations 41 --eval-tasks 2 --save", f"{name}.npz", flags) == 0
@@ -1088,6 +1088,9 @@ def test_a_resumed_run_may_take_another_outer_step_size(folder):
     assert command("--resume tenth.npz --iterations 42 --eval-tasks 2") == 0
     for name, beta in {"kept": 0.001, "tenth": 0.0001}.items():
         assert cli.load_checkpoint(f"{name}.npz", maml)[0]["beta"] == beta
+    assert command(SMALL_WALK, "--iterations 1 --eval-tasks 2 --save w.npz", module=rl) == 0
+    assert command("--resume w.npz --iterations 4 --max-kl 1e-4 --log w.csv --eval-tasks 2", module=rl) == 0
+    assert all(0 < float(row["kl"]) <= 1e-4 for row in rows_of("w.csv")) and len(rows_of("w.csv")) == 3
 
 
 def test_a_damaged_tail_of_the_log_is_healed(folder, monkeypatch):
@@ -1157,8 +1160,8 @@ def test_a_diverging_run_says_where_and_keeps_what_was(folder, capsys, monkeypat
     monkeypatch.setattr(rl, "fisher", lambda out: np.full_like(out, np.nan))
     assert command(run, "--save a.npz", module=module) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    stopped = int(re.search(rf"{what}.*iteration (\d+).*or --{lower}; a.npz.*--evaluate it", message)[1])
-    saved = arrays("a.npz")
+    said = rf"{what}.*iteration (\d+).*or --{lower}; a.npz.*--resume it with a lower --{lower}$"
+    stopped, saved = int(re.search(said, message)[1]), arrays("a.npz")
     assert int(saved["iteration"]) == stopped - 1 and np.isfinite(saved["theta"]).all()
 
 
