@@ -1160,7 +1160,7 @@ def test_a_diverging_run_says_where_and_keeps_what_was(folder, capsys, monkeypat
     monkeypatch.setattr(rl, "fisher", lambda out: np.full_like(out, np.nan))
     assert command(run, "--save a.npz", module=module) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    said = rf"{what}.*iteration (\d+).*or --{lower}; a.npz.*--resume it with a lower --{lower}$"
+    said = rf"{what}.*iteration (\d+).*or --{lower}; a.npz.*--evaluate it, or --resume.* lower --{lower}$"
     stopped, saved = int(re.search(said, message)[1]), arrays("a.npz")
     assert int(saved["iteration"]) == stopped - 1 and np.isfinite(saved["theta"]).all()
 
