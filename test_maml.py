@@ -2395,6 +2395,7 @@ def test_a_body_is_drawn_where_it_was_seen(mujoco, matplotlib, name):
 # The README ------------------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
+COMMAND = r"python (maml|rl)\.py ([^#&\n]*)"
 
 
 def blocks(language):
@@ -2496,9 +2497,23 @@ def test_a_model_of_the_readme_has_its_figures_here_too(folder, module, name):
 
 
 def test_readme_commands_are_understood():
-    commands = re.findall(r"python (maml|rl)\.py ([^#&\n]*)", "\n".join(blocks("bash")))
+    commands = re.findall(COMMAND, "\n".join(blocks("bash")))
     assert len(commands) > 8
     for name, words in commands:
         module = {"maml": maml, "rl": rl}[name]
         args = module.build_parser().parse_args(shlex.split(words))
         assert args.evaluate or args.resume or cli.settings_of(args, module)
+
+
+def test_the_models_have_the_settings_of_the_commands_that_trained_them():
+    folder, found = HERE / "assets/weights", {}
+    for name, words in re.findall(COMMAND, (folder / "README.md").read_text(encoding="utf-8")):
+        module = {"maml": maml, "rl": rl}[name]
+        args = module.build_parser().parse_args(shlex.split(words))
+        if args.resume:
+            found[args.resume] |= {"beta": args.beta, "iterations": args.iterations}
+        elif args.save:
+            found[args.save] = cli.settings_of(args, module)
+    assert {*found} == {model.name for model in folder.glob("*.npz")}
+    for name, stated in found.items():
+        assert assets.tables.loaded(folder / name)[0] == stated, name
