@@ -2395,7 +2395,6 @@ def test_a_body_is_drawn_where_it_was_seen(mujoco, matplotlib, name):
 # The README ------------------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
-COMMAND = r"python (maml|rl)\.py ([^#&\n]*)"
 
 
 def blocks(language):
@@ -2496,20 +2495,22 @@ def test_a_model_of_the_readme_has_its_figures_here_too(folder, module, name):
     assert all(np.isclose(*(float(row["median"]) for row in rows), rtol=0.01) for rows in zip(found, stated))
 
 
-def test_readme_commands_are_understood():
-    commands = re.findall(COMMAND, "\n".join(blocks("bash")))
-    assert len(commands) > 8
-    for name, words in commands:
+def commands_in(page):
+    """The module and the parsed flags of each command."""
+    for name, words in re.findall(r"python (maml|rl)\.py ([^#&\n]*)", page):
         module = {"maml": maml, "rl": rl}[name]
-        args = module.build_parser().parse_args(shlex.split(words))
-        assert args.evaluate or args.resume or cli.settings_of(args, module)
+        yield module, module.build_parser().parse_args(shlex.split(words))
+
+
+def test_readme_commands_are_understood():
+    commands = [*commands_in("\n".join(blocks("bash")))]
+    assert len(commands) > 8
+    assert all(args.evaluate or args.resume or cli.settings_of(args, module) for module, args in commands)
 
 
 def test_the_models_have_the_settings_of_the_commands_that_trained_them():
     folder, found = HERE / "assets/weights", {}
-    for name, words in re.findall(COMMAND, (folder / "README.md").read_text(encoding="utf-8")):
-        module = {"maml": maml, "rl": rl}[name]
-        args = module.build_parser().parse_args(shlex.split(words))
+    for module, args in commands_in((folder / "README.md").read_text(encoding="utf-8")):
         if args.resume:
             found[args.resume] |= {"beta": args.beta, "iterations": args.iterations}
         elif args.save:
