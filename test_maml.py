@@ -2456,9 +2456,15 @@ def test_the_readmes_figures_are_those_of_the_weights_and_tables(folder):
     assert all(any(line.startswith(row) for line in lines) for row in rows) and len(rows) > 9
     assert sum(model.stat().st_size for model in models) < 5e6
     authors = "miniimagenet-5way-1shot-authors"
-    for name, step in {authors: 10, f"{authors}-2400": 10, "omniglot-5way-1shot-alone": 3}.items():
+    for name, at in {
+        authors: (1, 10),
+        f"{authors}-2400": (1, 10),
+        "omniglot-5way-1shot-alone": (1, 3),
+        "omniglot-20way-1shot-5shots": (5, 5),
+        "omniglot-20way-1shot-5shots-2400": (5, 5),
+    }.items():
         found = assets.tables.results(HERE / f"assets/weights/{name}.csv")
-        assert cli.cell(found[1, step], 100, 2) in README
+        assert cli.cell(found[at], 100, 2) in README
     head, *rows = (HERE / "assets/sinusoid.csv").read_text().splitlines()
     parts = {}
     for row in rows:
