@@ -167,7 +167,7 @@ def reptile_gradient(loss, theta, support, query, alpha, steps):
     _checked(theta, support, alpha, steps, 1, query)
     both = [np.concatenate(pair, axis=1) for pair in zip(support, query)]
     adapted = adapt(loss, theta, both, alpha, steps)
-    return _one_each(loss, adapted, *query).mean(), theta - adapted.mean(axis=0)
+    return _one_each(loss, adapted, *query).mean(), (theta - adapted).mean(axis=0)
 
 
 def joint_gradient(loss, theta, support, query):

@@ -427,7 +427,7 @@ def _mean(x):
 
 
 class Conv:
-    """out = the 3x3 convolution of x with w, "SAME" zero padding, no bias.
+    """out = the 3x3 convolution of x with w at stride 1 or 2, "SAME" zero padding, no bias.
 
     x [T, n, h, w, inputs] -> [T, n, ⌈h / stride⌉, ⌈w / stride⌉, outputs]; w [3, 3, inputs, outputs]. The
     closed form is out = a w with a = unfold(x), the patches of 3x3 pixels as rows; dL/dx = unfoldᵀ(u wᵀ).
@@ -545,10 +545,10 @@ def _unfold(x, stride):
 class FirstBlock:
     """BatchNorm of Conv of the data, as one layer: no pass over the convolution's output, the largest array.
 
-    The patches a do not depend on theta, so that their mean and covariance C determine what batch norm does.
-    With a centred, and a column of ones for beta as in `Dense`, x·y = Σ x y down a column, and w̃ = w / s,
+    Of the patches a, which theta does not change, it needs the mean and covariance C alone, for which float32
+    has digits enough in data of order 1. With a centred, ones for beta as in `Dense`, x·y = Σ x y by column,
 
-        s = sqrt(w·Cw + 0.001)        out = a w̃ + beta         G = aᵀu          q = G·w̃
+        s = sqrt(w·Cw + 0.001), w̃ = w / s        out = a w̃ + beta         G = aᵀu          q = G·w̃
         dL/dw = (G - q C w̃) / s       dL/dbeta = 1ᵀu
 
         ds = C w̃·v                    dw̃ = (v - w̃ ds) / s      dG = aᵀdu        dq = dG·w̃ + G·dw̃
@@ -645,7 +645,7 @@ class SquaredError:
 
 
 class CrossEntropy:
-    """L = mean over examples of -Σ_c y_c log p_c, p = softmax(out), y [T, n, ways], one-hot: eq. (3).
+    """L = mean over examples of -Σ_c y_c log p_c, p = softmax(out), y [T, n, ways], one-hot: eq. (3), N-way.
 
     dL/d out = (w p - y) / n with w = Σ_c y_c, and along d_out it changes by w p (d_out - p·d_out) / n.
     """

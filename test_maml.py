@@ -302,6 +302,15 @@ def test_convolutional_closed_forms_equal_finite_differences_and_float32s(pool, 
         assert loss(*single(at, x, y)).dtype == np.float32
 
 
+@pytest.mark.parametrize("offset, tolerance", [(100, 1e-4), (1000, 2e-3)])
+def test_float32_bears_data_far_from_zero(offset, tolerance):
+    rng = np.random.default_rng(0)
+    x, norm = offset + rng.normal(size=(2, 5, 9, 9, 1)), nets.BatchNorm(1, "beta")
+    for layer in (norm, nets.FirstBlock(nets.Conv(1, 1, "w", 2), norm)):
+        w = rng.normal(size=(2, *layer.view))
+        assert error(layer.forward(*single(w, x))[0], layer.forward(w, x)[0]) < tolerance
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(8, 8), (7, 14), (4, 5), (2, 1)])
 def test_same_padding_is_tensorflows(stride, size):
@@ -391,6 +400,10 @@ def test_reptile_is_the_way_from_the_adapted_parameters(p):
     adapted = maml.adapt(hidden(p.loss), p.theta, both, p.alpha, p.steps)
     assert error(g, p.theta - adapted.mean(axis=0)) < 1e-10
     assert error(value, p.loss(adapted, *p.query).mean()) < 1e-12
+    data = 2 * [np.ones((20, 1), np.float32)]
+    theta = data[0][:2, 0] / 3
+    _, g = maml.reptile_gradient(lambda theta, *_: theta[:, 0] ** 2, theta, data, data, 0.1, 1)
+    assert g[0] > 0 == g[1], "what no task moves stays, which Adam else would move far"
 
 
 # The outer loop --------------------------------------------------------------------------------
@@ -1553,6 +1566,7 @@ def test_a_query_alone_is_normalised_with_the_support_set_and_itself():
         one = np.concatenate([support, queries[:, i : i + 1]], axis=1)
         assert error(out[:, i], network.apply(theta, one)[:, -1]) < 1e-12
     assert error(out, network.apply(theta, queries)) > 1e-3
+    assert np.allclose(maml.accuracy(network, 0 * theta, queries, np.stack(2 * [np.eye(3)])), 1 / 3), "ties"
 
 
 def test_ones_own_images_are_classified(glyphs, capsys):
@@ -2127,6 +2141,7 @@ def test_baseline_equals_one_least_squares_a_task(seed):
     rng = np.random.default_rng(seed)
     mask = (np.arange(6) < rng.integers(1, 7, (3, 5))[..., None]).astype(float)
     observations, targets = rng.normal(size=(3, 5, 6, 2)), rng.normal(size=(3, 5, 6))
+    observations[mask == 0] = np.nan
     found = rl.baseline(observations, targets, mask)
     for i in range(3):
         phi = rl.features(observations[i : i + 1])[0][mask[i] == 1]
@@ -2231,6 +2246,9 @@ def test_rollout_masks_what_follows_the_end():
     assert np.allclose(episodes.rewards[0, 0, :2], [-np.hypot(0.1, 0.05), 0], atol=1e-5)
     assert not episodes.rewards[0, :, 2:].any() and episodes.rewards.shape == (2, 3, 100)
     assert np.allclose(episodes.returns()[0], -np.hypot(0.1, 0.05), atol=1e-5)
+    theta = policy.flatten(zeros | {"log_std": np.array([1.0, -1.0])})
+    actions = rl.rollout(rl.Navigation([[9, 9]], 50), policy, theta, np.random.default_rng(0)).actions
+    assert np.allclose(actions.std(axis=(0, 1, 2)), np.exp([1, -1]), rtol=0.05)
 
 
 def test_adaptation_takes_turns_between_trajectories_and_steps_and_leaves_what_follows_an_end():
@@ -2346,6 +2364,8 @@ def test_locomotion_starts_as_the_authors_do(mujoco, name, place, start):
     noise = environment.states[:, : nq + nv].std(axis=0)
     assert np.allclose(noise[:nq], 0.01, rtol=0.2) and np.allclose(noise[nq:], 0.1, rtol=0.2)
     assert abs(environment.states[:, place].mean() - start) < 0.005
+    correlations = np.corrcoef(environment.states[:, : nq + nv].T)
+    assert np.abs(correlations - np.eye(nq + nv)).max() < 0.4, "each has noise of its own"
     environment.states[...] = first[0]
     _, reward, _ = environment.step(np.zeros((2, 150, environment.actions)))
     assert (reward == reward[:, :1]).all() and reward[0, 0] != reward[1, 0], "each by its task's goal"
